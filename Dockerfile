@@ -1,0 +1,11 @@
+# The image that runs the flow. `prefect register` builds it (see flows/docker_sidecar.py), and Prefect appends
+# a few lines of its own: an upgrade of pip, and a health check that loads the flow.
+ARG BASE_IMAGE=prefecthq/prefect:1.4.1-python3.10
+FROM ${BASE_IMAGE}
+
+WORKDIR /opt/docker-sidecar
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
+COPY flows flows/
+COPY job_templates job_templates/
+ENV PYTHONPATH=/opt/docker-sidecar

@@ -1,0 +1,1 @@
+"""The Docker sidecar flow, its tasks and its settings."""

@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Renew the lock: hashes, and no addresses, for every Python and platform that pyproject.toml allows.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+compile() {
+  .venv/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.9 \
+    --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' "$@"
+}
+compile --output-file requirements.txt
+compile --group dev --constraints requirements.txt --output-file requirements-dev.txt

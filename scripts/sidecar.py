@@ -1,0 +1,269 @@
+"""A Docker daemon on tcp://localhost:2375, as the flow finds it in its pod.
+
+`make sidecar-up` and `make sidecar-down` call it, and `make run` for as long as it needs one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import docker
+import psutil
+import requests
+from docker.errors import DockerException, NotFound
+
+from flows.settings import PROJECT, load_job_template
+from tests.airgap import images
+
+PORT = 2375
+DAEMON = f"tcp://127.0.0.1:{PORT}"
+CACHE = Path(os.environ.get("CACHE") or Path.home() / ".cache" / "docker-sidecar-on-kubernetes")
+HOME = CACHE / "dockerd"  # of a daemon started here: data root, exec root, pid file, log
+REGISTRY_PORT = 5001
+REGISTRY = f"localhost:{REGISTRY_PORT}"
+NAME = "docker-sidecar"  # of the daemon's container and its network
+LABELS = {"docker-sidecar-on-kubernetes": "make"}
+OURS: dict[str, str | list[str] | bool] = {"label": [f"{key}={value}" for key, value in LABELS.items()]}
+START_SECONDS = 60
+WAYS = """There are three ways to get a Docker daemon at tcp://localhost:2375:
+  - start one there yourself; it is used and left alone
+  - have a Docker engine on this machine (`docker version` answers); a daemon is started in a container
+  - be root on Linux; dockerd is started directly (on Debian it is installed if need be)"""
+
+
+class SidecarError(RuntimeError):
+    """There can be no daemon; the message says why and what to do."""
+
+
+def say(message: str) -> None:
+    """Tell the user what is done, and how long it takes."""
+    print(f"sidecar: {message}", flush=True)
+
+
+def connect(url: str | None = None) -> docker.DockerClient | None:
+    """The Docker engine at a URL (by default at ``DOCKER_HOST`` or the usual socket), if one answers."""
+    try:
+        client = docker.DockerClient(url, timeout=600) if url else docker.from_env(timeout=600)
+        client.ping()
+    except (DockerException, requests.RequestException):
+        return None
+    return client
+
+
+def hub_answers() -> bool:
+    """Whether Docker Hub can be reached."""
+    with suppress(requests.RequestException):
+        requests.get("https://registry-1.docker.io/v2/", timeout=5)
+        return True
+    return False
+
+
+def port_owner(port: int) -> str | None:
+    """Who listens on a port of the loopback interface."""
+    with socket.socket() as probe:
+        if probe.connect_ex(("127.0.0.1", port)) != 0:
+            return None
+    with suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    return "a process of another user"
+
+
+def up() -> docker.DockerClient:
+    """Have a daemon at tcp://localhost:2375, and with it, where Docker Hub cannot be reached, its images.
+
+    Raises:
+        SidecarError: if there can be none.
+    """
+    if daemon := connect(DAEMON):
+        say(f"using the Docker daemon {daemon.version()['Version']} that answers at {DAEMON}")
+        return daemon
+    if owner := port_owner(PORT):
+        raise SidecarError(f"port {PORT} is taken by {owner}, which is no Docker daemon: stop it")
+    online = hub_answers()
+    if not online:
+        say("Docker Hub cannot be reached: a local registry with stand-in images takes its place")
+    if engine := connect():
+        return _run_in_container(engine, online)
+    if sys.platform != "linux" or os.geteuid() != 0:
+        raise SidecarError(f"no Docker engine answers, and this is not root on Linux.\n{WAYS}")
+    if not shutil.which("dockerd"):
+        if not shutil.which("apt-get"):
+            raise SidecarError(f"no Docker engine answers, and there is no dockerd to start.\n{WAYS}")
+        say("installing dockerd from the Debian package docker.io (about 30 s)")
+        subprocess.run(["apt-get", "-qq", "update"], check=True)
+        subprocess.run(["apt-get", "-qq", "install", "--yes", "docker.io"], check=True, stdout=subprocess.DEVNULL)
+        if engine := connect():  # with an init system, the package starts it
+            return _run_in_container(engine, online)
+    return _start_dockerd(online)
+
+
+def _run_in_container(engine: docker.DockerClient, online: bool) -> docker.DockerClient:
+    image = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]["image"]
+    say(f"starting {image} in a container of the Docker engine {engine.version()['Version']}")
+    if online:
+        engine.images.pull(image)
+    # a network of its own, so that no other container can reach the port; only it is published, on loopback
+    network = engine.networks.create(NAME, labels=LABELS, check_duplicate=True)
+    mirror = [] if online else [f"--registry-mirror={start_registry(engine, network.name)}"]
+    container = engine.containers.run(
+        image,
+        # --tls=false: without it dockerd sleeps 15 s to warn of what nobody can reach here
+        ["dockerd", f"--host=tcp://0.0.0.0:{PORT}", "--tls=false", *mirror],
+        name=NAME,
+        detach=True,
+        environment={"DOCKER_TLS_CERTDIR": ""},
+        labels=LABELS,
+        network=network.name,
+        ports={f"{PORT}/tcp": ("127.0.0.1", PORT)},
+        privileged=True,
+        volumes={f"{NAME}-store": {"bind": "/var/lib/docker"}},
+    )
+
+    def ended() -> str | None:
+        container.reload()
+        return None if container.status == "running" else container.logs(tail=5).decode()
+
+    return _wait_for_daemon(ended)
+
+
+def _start_dockerd(online: bool) -> docker.DockerClient:
+    HOME.mkdir(parents=True, exist_ok=True)
+    log = HOME / "dockerd.log"
+    # no daemon.json of another engine on this machine
+    (HOME / "daemon.json").write_text("{}")
+    command = ["dockerd", f"--host={DAEMON}", f"--config-file={HOME}/daemon.json"]
+    command += [f"--data-root={HOME}/data", f"--exec-root={HOME}/exec", f"--pidfile={HOME}/dockerd.pid"]
+    command += [
+        f"--add-runtime=careful={PROJECT}/tests/airgap/runc-drop-missing-caps",
+        "--default-runtime=careful",
+    ]
+    if not online:
+        command += [f"--registry-mirror=http://{REGISTRY}"]
+    say(f"starting dockerd (its log: {log})")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    daemon = _wait_for_daemon(lambda: None if process.poll() is None else log.read_text()[-1500:])
+    if not online:
+        start_registry(daemon)
+    return daemon
+
+
+def _wait_for_daemon(ended: Callable[[], str | None]) -> docker.DockerClient:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if daemon := connect(DAEMON):
+            return daemon
+        if (last_words := ended()) is not None:
+            down()
+            raise SidecarError(f"dockerd ended before it answered. Its last words:\n{last_words}")
+        time.sleep(0.1)
+    down()
+    raise SidecarError(f"dockerd did not answer at {DAEMON} within {START_SECONDS} s")
+
+
+def start_registry(engine: docker.DockerClient, network: str | None = None) -> str:
+    """Have a registry on the engine, filled with stand-ins.
+
+    Returns:
+        Its URL as seen from the network.
+    """
+    name = f"{NAME}-registry"
+    images.build(engine)
+    try:
+        registry = engine.containers.get(name)
+    except NotFound:
+        if owner := port_owner(REGISTRY_PORT):
+            message = f"port {REGISTRY_PORT}, for the local registry, is taken by {owner}: stop it"
+            raise SidecarError(message) from None
+        registry = engine.containers.run(
+            "registry:2",
+            name=name,
+            detach=True,
+            labels=LABELS,
+            ports={"5000/tcp": ("127.0.0.1", REGISTRY_PORT)},
+            volumes={name: {"bind": "/var/lib/registry"}},
+        )
+    if network:
+        engine.networks.get(network).connect(registry)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        with suppress(requests.RequestException):
+            requests.get(f"http://{REGISTRY}/v2/", timeout=5)
+            break
+        time.sleep(0.1)
+    images.fill(engine, REGISTRY)
+    return f"http://{name}:5000"
+
+
+def down() -> None:
+    """Stop what up() started. Images stay, for the next time."""
+    engine = connect(DAEMON) if _pid() else connect()
+    if engine:
+        for container in engine.containers.list(all=True, filters=OURS):
+            container.remove(force=True)
+        for network in engine.networks.list(filters=OURS):
+            network.remove()
+    if pid := _pid():
+        os.kill(pid, signal.SIGTERM)
+        psutil.wait_procs([psutil.Process(pid)], timeout=START_SECONDS)
+        for mount in psutil.disk_partitions(all=True):
+            if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one
+                subprocess.run(["umount", mount.mountpoint], check=True)
+        say("dockerd has ended")
+
+
+def _pid() -> int | None:
+    """The process id of the dockerd that was started here, if it runs."""
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((HOME / "dockerd.pid").read_text()))
+        if f"--pidfile={HOME}/dockerd.pid" in process.cmdline():
+            return int(process.pid)
+    return None
+
+
+@contextmanager
+def running() -> Iterator[docker.DockerClient]:
+    """A daemon for as long as the block lasts, and no longer unless it was there before."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("waiting for another `make run` or `make test` to end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        found = connect(DAEMON)
+        try:
+            yield up()
+        finally:
+            if not found:
+                down()
+
+
+def main(command: str) -> None:
+    """Do what the Makefile asks for."""
+    if command == "up":
+        up()
+        say(f"ready at {DAEMON}; `make sidecar-down` stops it")
+    elif command in ("down", "clean"):
+        down()
+        if command == "clean":
+            shutil.rmtree(HOME, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1])
+    except SidecarError as error:
+        sys.exit(f"sidecar: {error}")
