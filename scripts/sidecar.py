@@ -41,6 +41,9 @@ WAYS = """There are three ways to get a Docker daemon at tcp://localhost:2375:
   - be root on Linux; dockerd is started directly (on Debian it is installed if need be)"""
 
 
+_started: list[subprocess.Popen[bytes]] = []  # kept, for a Popen that is forgotten warns that its process goes on
+
+
 class SidecarError(RuntimeError):
     """There can be no daemon; the message says why and what to do."""
 
@@ -154,6 +157,7 @@ def _start_dockerd(online: bool) -> docker.DockerClient:
     say(f"starting dockerd (its log: {log})")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    _started.append(process)
     daemon = _wait_for_daemon(lambda: None if process.poll() is None else log.read_text()[-1500:])
     if not online:
         start_registry(daemon)
@@ -218,6 +222,8 @@ def down() -> None:
     if pid := _pid():
         os.kill(pid, signal.SIGTERM)
         psutil.wait_procs([psutil.Process(pid)], timeout=START_SECONDS)
+        while _started:
+            _started.pop().wait()
         for mount in psutil.disk_partitions(all=True):
             if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one
                 subprocess.run(["umount", mount.mountpoint], check=True)

@@ -1,0 +1,172 @@
+"""The real daemon at tcp://localhost:2375, a registry that it can reach, and a small image to run."""
+
+from __future__ import annotations
+
+import base64
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import docker
+import pytest
+from docker.models.containers import Container
+from prefect.engine.state import State
+
+from flows import docker_sidecar, tasks
+from flows.settings import load_job_template
+from scripts import run, sidecar
+from tests.support.waiting import wait_for
+
+LABELS = {"docker-sidecar-on-kubernetes": "test"}
+SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]
+# Everything in one static or nearly static file: the smallest image that can run a command. The dind image has
+# it, whether it is the published one (Alpine) or the stand-in.
+BUSYBOX = "mkdir -p /t/bin /t/lib; cp /bin/busybox /t/bin/; cp /lib/ld-musl* /t/lib/; \
+busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c . | base64"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/docker/" in item.nodeid:
+            item.add_marker("docker")
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[docker.DockerClient]:
+    with sidecar.running() as client:
+        try:
+            client.images.get(SIDECAR["image"])
+        except docker.errors.ImageNotFound:
+            client.images.pull(SIDECAR["image"])
+        yield client
+        for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
+            container.remove(force=True, v=True)
+
+
+@dataclass
+class Registry:
+    """A registry of the tests' own, in a container on the daemon, which reaches it at its own localhost."""
+
+    daemon: docker.DockerClient
+    container: Container
+    address: str
+
+    def push(self, image: str, name: str) -> str:
+        """Push an image of the daemon under a name, and forget the name."""
+        reference = f"{self.address}/{name}"
+        self.daemon.images.get(image).tag(reference)
+        for line in self.daemon.api.push(reference, stream=True, decode=True):
+            assert "error" not in line, line
+        self.daemon.images.remove(reference)
+        return reference
+
+    def sh(self, command: str) -> str:
+        status, output = self.container.exec_run(["sh", "-euc", command])
+        assert status == 0, output.decode()
+        return str(output.decode())
+
+
+def start_registry(daemon: docker.DockerClient, port: int, **options: Any) -> Registry:
+    container = daemon.containers.run(
+        "registry:2",
+        detach=True,
+        labels=LABELS,
+        ports={"5000/tcp": ("127.0.0.1", port)},
+        volumes={"docker-sidecar-tests": {"bind": "/var/lib/registry"}},
+        **options,
+    )
+    return Registry(daemon, container, f"localhost:{port}")
+
+
+@pytest.fixture(scope="session")
+def registry(daemon: docker.DockerClient, busybox: str) -> Registry:
+    try:
+        daemon.images.get("registry:2")
+    except docker.errors.ImageNotFound:
+        daemon.images.pull("registry:2")
+    found = start_registry(daemon, 5055)
+    wait_for(lambda: "listening on" in found.container.logs().decode(), "the registry listens", found.container.logs)
+    return found
+
+
+@pytest.fixture(scope="session")
+def busybox(daemon: docker.DockerClient) -> str:
+    """The name of a small image that is on the daemon and in no registry."""
+    output = daemon.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
+    daemon.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
+    return "docker-sidecar-tests:busybox"
+
+
+@pytest.fixture(scope="session")
+def image(registry: Registry, busybox: str) -> str:
+    """The name of a small image that is in a registry."""
+    return registry.push(busybox, "busybox:1")
+
+
+@dataclass
+class Outcome:
+    """A finished flow run: its state, its tasks' states, and its logs as (level, logger, text)."""
+
+    state: State
+    logs: list[tuple[str, str, str]]
+    tasks: dict[str, State] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tasks = {task.name: state for task, state in self.state.result.items()}
+
+    def output(self, level: str) -> str:
+        """What the container wrote, from the run's logs."""
+        found = [text for at, logger, text in self.logs if logger == "prefect.WaitOnContainer" and at == level]
+        return "\n".join(text for text in found if not text.startswith("Container "))
+
+    def naming(self, words: str) -> list[str]:
+        """The log lines that name something."""
+        return [text for _, _, text in self.logs if words in text]
+
+
+class _Handler(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[tuple[str, str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append((record.levelname, record.name, record.getMessage()))
+
+
+@pytest.fixture
+def logs() -> Iterator[list[tuple[str, str, str]]]:
+    """The run's logs, as they come."""
+    handler = _Handler()
+    logging.getLogger("prefect").addHandler(handler)
+    yield handler.records
+    logging.getLogger("prefect").removeHandler(handler)
+
+
+@pytest.fixture
+def flow_run(
+    daemon: docker.DockerClient, logs: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Outcome]]:
+    """Run the flow; afterwards there is nothing on the daemon but images and what was there before."""
+    monkeypatch.setattr(tasks, "PULL_RETRY_SECONDS", (1, 1, 1))
+    before = {container.id for container in daemon.containers.list(all=True)}
+    yield lambda **parameters: Outcome(run.run(daemon, **parameters), logs)
+    assert {container.id for container in daemon.containers.list(all=True)} <= before
+
+
+@pytest.fixture
+def limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """Give the host configuration of the flow's container, as a user of CreateContainer does."""
+    return lambda host_config: monkeypatch.setattr(docker_sidecar.container_id, "host_config", host_config)
+
+
+@pytest.fixture
+def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Turn the flow to another daemon."""
+
+    def turn(url: str) -> None:
+        for task in docker_sidecar.flow.tasks:
+            if hasattr(task, "docker_server_url"):
+                monkeypatch.setattr(task, "docker_server_url", url)
+
+    return turn

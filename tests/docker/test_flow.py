@@ -1,0 +1,280 @@
+"""The real flow on a real daemon: its state is the container's, and its logs are the container's output."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import docker
+import psutil
+import pytest
+
+from flows import docker_sidecar
+from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
+from tests.docker.conftest import Outcome, Registry, start_registry
+from tests.support.waiting import wait_for
+
+FlowRun = Callable[..., Outcome]
+USER_AND_PASSWORD = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"  # the word "password"
+
+
+def test_the_recipes_own_defaults(flow_run: FlowRun) -> None:
+    run = flow_run()
+    assert run.state.is_successful(), run.state
+    assert "Beginning Flow run for 'empty'" in run.output("INFO")
+    assert "Flow run SUCCESS" in run.tasks["GetContainerLogs"].result
+    assert run.tasks["WaitOnContainer"].result["StatusCode"] == 0
+
+
+def test_output_goes_to_the_logs_by_stream(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command=["sh", "-c", "echo one; echo two >&2; echo $WHO"], environment={"WHO": "three"})
+    assert run.state.is_successful()
+    assert (run.output("INFO"), run.output("WARNING")) == ("one\nthree", "two")
+    assert sorted(run.tasks["GetContainerLogs"].result.split()) == ["one", "three", "two"]
+    [pulled] = run.naming("Downloaded newer image") + run.naming("Image is up to date")
+    assert image in pulled
+
+
+def test_output_reaches_the_logs_while_the_container_runs(
+    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]
+) -> None:
+    def go_on_when_seen() -> None:
+        wait_for(lambda: ("INFO", "prefect.WaitOnContainer", "first") in logs, "the first line is logged", lambda: logs)
+        [container] = daemon.containers.list(filters={"label": LABEL})
+        container.exec_run(["touch", "/seen"])
+
+    watcher = threading.Thread(target=go_on_when_seen)
+    watcher.start()
+    run = flow_run(image=image, command=["sh", "-c", "echo first; until [ -e /seen ]; do sleep 0.1; done; echo last"])
+    watcher.join()
+    assert run.state.is_successful()
+    assert run.output("INFO") == "first\nlast"
+
+
+def test_exit_code(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command='sh -c "echo boom >&2; exit 3"')
+    assert run.state.is_failed()
+    assert f"(image {image}) exited with code 3" in run.state.message
+    assert "OOM" not in run.state.message
+    assert run.output("WARNING") == "boom"
+    assert len(run.naming("exited with code")) == 1, "the cause is named once"
+    assert run.tasks["GetContainerLogs"].is_successful()
+
+
+def test_killed_for_memory(flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]) -> None:
+    limits({"mem_limit": "16m"})
+    run = flow_run(image=image, command=["sh", "-c", "x=eight888; while :; do x=$x$x; done"])
+    assert run.state.is_failed()
+    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.state.message
+
+
+@pytest.mark.parametrize("name", ["nothing-of-this-name:1", "busybox:none", f"busybox@sha256:{'0' * 64}"])
+def test_image_not_found(flow_run: FlowRun, registry: Registry, name: str) -> None:
+    run = flow_run(image=f"{registry.address}/{name}", command="true")
+    assert run.state.is_failed()
+    assert f"Pulling {registry.address}/{name}: " in run.state.message
+    assert "not found" in run.state.message
+    assert len(run.naming("not found")) == 1, "one error, and no retry"
+    assert run.tasks["GetContainerLogs"].is_skipped()
+    assert run.tasks["GetContainerLogs"].message == "No container was created, so there are no logs"
+
+
+def test_registry_down_then_up_again(flow_run: FlowRun, registry: Registry, image: str) -> None:
+    registry.container.stop(timeout=0)
+    start = threading.Timer(1.5, registry.container.start)
+    start.start()
+    try:
+        run = flow_run(image=image, command="echo pulled")
+    finally:
+        start.join()
+    assert run.state.is_successful(), run.state
+    assert run.naming("retry 1 of 3 in 1 s")
+    assert run.output("INFO") == "pulled"
+
+
+def test_registry_down_for_good(flow_run: FlowRun) -> None:
+    run = flow_run(image="localhost:5099/busybox:1", command="true")
+    assert run.state.is_failed()
+    assert "connection refused" in run.state.message
+    assert len(run.naming("connection refused")) == 4, "the first try and three more, a line each"
+
+
+def test_blob_missing_in_the_registry(
+    flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, busybox: str
+) -> None:
+    daemon.api.import_image_from_data(b"".join(daemon.images.get(busybox).save()), "docker-sidecar-tests", "broken")
+    reference = registry.push("docker-sidecar-tests:broken", "broken:1")
+    daemon.images.remove("docker-sidecar-tests:broken")
+    layer = registry.sh(
+        "cd /var/lib/registry/docker/registry/v2; m=$(cat repositories/broken/_manifests/tags/1/current/link);"
+        'grep -o \'"digest": *"sha256:[0-9a-f]*"\' blobs/sha256/$(echo ${m#*:} | cut -c1-2)/${m#*:}/data'
+    ).split(":")[-1]
+    digest = layer.strip().strip('"')
+    registry.sh(f"rm -r /var/lib/registry/docker/registry/v2/blobs/sha256/{digest[:2]}/{digest}")
+    registry.container.restart(timeout=0)  # it remembers which blobs there are
+    run = flow_run(image=reference, command="true")
+    assert run.state.is_failed(), "HTTP 200, and the error in the stream"
+    assert f"Pulling {reference}: unknown blob" in run.state.message
+    assert not run.naming("retry")
+
+
+def test_command_not_found_in_the_image(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command="no-such-command --option")
+    assert run.state.is_failed()
+    assert "Starting the container: " in run.state.message
+    assert "no-such-command" in run.state.message
+    assert "not found" in run.state.message
+    assert run.tasks["GetContainerLogs"].result == ""
+
+
+def test_a_gibibyte_of_output(flow_run: FlowRun, image: str) -> None:
+    process = psutil.Process()
+    before, most = process.memory_info().rss, 0
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.05):
+            most = max(most, process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        lines = "yes $(printf %01023d 7) | head -n 1048576; echo the end"
+        run = flow_run(image=image, command=["sh", "-c", lines])
+    finally:
+        done.set()
+        watcher.join()
+    assert run.state.is_successful()
+    assert most - before < 64 << 20, f"grew by {(most - before) >> 20} MiB"
+    assert "lines left out here" in run.output("INFO")
+    assert run.output("INFO").endswith("the end")
+    assert len(run.output("INFO")) < 64 << 20
+    logs = run.tasks["GetContainerLogs"].result
+    assert logs.startswith("[cut: ")
+    assert logs.endswith("the end\n")
+    assert LOG_BYTES - 2048 < len(logs) < LOG_BYTES + 100
+
+
+@pytest.mark.parametrize(
+    ("command", "logged", "returned"),
+    [
+        ("printf 'caf\\351 \\377'", "caf\ufffd \ufffd", "caf\ufffd \ufffd"),
+        ("printf 'no newline'", "no newline", "no newline"),
+        ("printf 'a\\0b\\n'", "a\ufffdb", "a\0b\n"),
+        ("true", "", ""),
+    ],
+    ids=["not UTF-8", "no newline", "NUL", "never writes"],
+)
+def test_unusual_output(flow_run: FlowRun, image: str, command: str, logged: str, returned: str) -> None:
+    run = flow_run(image=image, command=["sh", "-c", command])
+    assert run.state.is_successful()
+    assert run.output("INFO") == logged
+    assert run.tasks["GetContainerLogs"].result == returned
+
+
+def test_tty(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docker_sidecar.container_id, "extra_docker_kwargs", {"tty": True})
+    run = flow_run(image=image, command="sh -c 'test -t 1 && echo a terminal; echo error >&2'")
+    assert run.state.is_successful()
+    assert run.output("INFO") == "a terminal\nerror"
+    assert run.tasks["GetContainerLogs"].result == "a terminal\r\nerror\r\n"
+
+
+def test_log_driver_that_cannot_be_read(
+    flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]
+) -> None:
+    limits({"log_config": {"type": "none"}})
+    run = flow_run(image=image, command="echo unheard")
+    assert run.state.is_failed()
+    assert run.tasks["WaitOnContainer"].is_successful()
+    assert "does not support reading" in run.state.message
+
+
+def send_when_running(signum: int, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]) -> threading.Thread:
+    def send() -> None:
+        wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)
+        os.kill(os.getpid(), signum)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+def test_interrupted(
+    flow_run: FlowRun,
+    image: str,
+    daemon: docker.DockerClient,
+    logs: list[tuple[str, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C, and Prefect's own cancellation, which sends the same signal."""
+    ended: list[dict[str, Any]] = []
+    remove = docker.models.containers.Container.remove
+
+    def look_and_remove(container: docker.models.containers.Container, **options: Any) -> None:
+        container.reload()
+        ended.append(container.attrs["State"])
+        remove(container, **options)
+
+    monkeypatch.setattr(docker.models.containers.Container, "remove", look_and_remove)
+    sender = send_when_running(signal.SIGINT, daemon, logs)
+    with pytest.raises(KeyboardInterrupt):
+        flow_run(image=image, command=["sh", "-c", "trap 'exit 7' TERM; echo up; while :; do sleep 0.1; done"])
+    sender.join()
+    assert [state["ExitCode"] for state in ended] == [7], "it got SIGTERM, and time to act on it"
+
+
+def test_terminated(
+    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]
+) -> None:
+    sender = send_when_running(signal.SIGTERM, daemon, logs)
+    run = flow_run(image=image, command=["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
+    sender.join()
+    assert run.state.is_failed()
+    assert "was stopped because the flow's process got SIGTERM" in run.state.message
+    assert run.naming(f"SIGKILL after {STOP_GRACE_SECONDS} s")
+
+
+def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str) -> None:
+    digest = daemon.images.get_registry_data(image).id
+    run = flow_run(image=f"{registry.address}/busybox@{digest}", command="echo by digest")
+    assert run.state.is_successful(), run.state
+    assert run.output("INFO") == "by digest"
+
+
+def test_private_registry(
+    flow_run: FlowRun, daemon: docker.DockerClient, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    serve = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
+    private = start_registry(
+        daemon,
+        5056,
+        entrypoint=["sh", "-euc", f"echo '{USER_AND_PASSWORD}' >/htpasswd; {serve}"],
+        environment={
+            "REGISTRY_AUTH": "htpasswd",
+            "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
+            "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
+        },
+    )
+    wait_for(
+        lambda: "listening on" in private.container.logs().decode(), "the registry listens", private.container.logs
+    )
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    run = flow_run(image=f"{private.address}/busybox:1", command="true")
+    assert run.state.is_failed()
+    assert "no basic auth credentials" in run.state.message
+    assert not run.naming("retry")
+
+    auth = base64.b64encode(b"user:password").decode()
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {private.address: {"auth": auth}}}))
+    run = flow_run(image=f"{private.address}/busybox:1", command="echo let in")
+    assert run.state.is_successful(), run.state
+    private.container.remove(force=True)

@@ -1,0 +1,265 @@
+"""The job template's two containers, run as a pod would run them, and daemons that fail."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import docker
+import pytest
+from docker.models.containers import Container
+
+from flows.settings import load_job_template
+from tests.docker.conftest import LABELS, SIDECAR, Outcome, Registry
+from tests.support.waiting import wait_for
+
+FLOW = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][0]
+NESTED = "tcp://localhost:23750"
+
+
+class Pod:
+    """Two containers with a network and a gate in common."""
+
+    def __init__(self, daemon: docker.DockerClient, gate: str) -> None:
+        self.daemon, self.gate = daemon, gate
+        self.containers: list[Container] = []
+
+    def _start(self, script: list[str], edits: dict[str, str], files: dict[str, str], **options: Any) -> Container:
+        for old, new in edits.items():
+            assert any(old in line for line in script), f"{old!r} is no longer in the template"
+            script = [line.replace(old, new) for line in script]
+        container = self.daemon.containers.create(
+            SIDECAR["image"], entrypoint=script, labels=LABELS, volumes={self.gate: {"bind": "/gate"}}, **options
+        )
+        self.containers.append(container)
+        for path, content in files.items():
+            container.put_archive("/", _tar({path: content.encode()}))
+        container.start()
+        return container
+
+    def sidecar(self, edits: dict[str, str] | None = None, files: dict[str, str] | None = None) -> Container:
+        environment = {entry["name"]: entry["value"] for entry in SIDECAR["env"]}
+        return self._start(SIDECAR["command"], edits or {}, files or {}, privileged=True, environment=environment)
+
+    def flow(self, *command: str, beside: Container | None = None, edits: dict[str, str] | None = None) -> Container:
+        network = {"network_mode": f"container:{beside.id}"} if beside else {}
+        environment = {entry["name"]: entry["value"] for entry in FLOW["env"]}
+        return self._start(FLOW["command"], edits or {}, {}, command=list(command), environment=environment, **network)
+
+
+def _tar(files: dict[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()
+
+
+def end(container: Container, within: float) -> tuple[int, str]:
+    """The exit code of a container that has to end within some seconds, and what it wrote."""
+
+    def ended() -> bool:
+        container.reload()
+        return bool(container.status == "exited")
+
+    wait_for(ended, f"{container.attrs['Config']['Entrypoint']} ends", container.logs, within)
+    return container.attrs["State"]["ExitCode"], container.logs().decode()
+
+
+@pytest.fixture
+def pod(daemon: docker.DockerClient) -> Iterator[Pod]:
+    gate = daemon.volumes.create(f"gate-{uuid.uuid4().hex[:8]}", labels=LABELS)
+    found = Pod(daemon, gate.name)
+    yield found
+    for container in reversed(found.containers):
+        container.remove(force=True, v=True)
+    gate.remove()
+
+
+def test_flow_starts_with_a_ready_daemon_and_ends_it(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    flow = pod.flow("sh", "-c", "docker version --format '{{.Server.Os}}'; exit 5", beside=sidecar)
+    assert end(flow, 30) == (5, "linux\n")
+    code, output = end(sidecar, 15)
+    assert code == 0
+    assert "dind-daemon: the flow has ended" in output
+
+
+def test_flow_killed_with_sigkill(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
+    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    flow.kill("SIGKILL")
+    assert end(sidecar, 15)[0] == 0
+
+
+def test_sigterm_to_the_flow(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    flow = pod.flow("sh", "-c", "echo up; exec sleep 300", beside=sidecar)
+    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    flow.kill("SIGTERM")
+    code, output = end(flow, 10)
+    assert code == 143
+    assert output.startswith("up\nflow-container: SIGTERM, passed on to the flow\n")
+    assert end(sidecar, 15)[0] == 0
+
+
+def test_sigterm_to_the_sidecar_while_the_flow_runs(pod: Pod) -> None:
+    sidecar = pod.sidecar(edits={"sleep 20": "sleep 1"})
+    flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
+    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    sidecar.kill("SIGTERM")
+    assert "dind-daemon: SIGTERM, the flow has 20 s to end" in end(sidecar, 15)[1]
+
+
+def test_sigterm_to_the_sidecar_before_the_flow_comes(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    wait_for(lambda: b"API listen on" in sidecar.logs(), "dockerd answers", sidecar.logs)
+    sidecar.kill("SIGTERM")
+    code, output = end(sidecar, 15)
+    assert code == 143
+    assert "dind-daemon: SIGTERM" in output
+
+
+def test_no_flow(pod: Pod) -> None:
+    code, output = end(pod.sidecar(edits={"read -r -t 300": "read -r -t 2"}), 30)
+    assert code == 1
+    assert "dind-daemon: no flow within 300 s" in output
+
+
+def test_no_sidecar(pod: Pod) -> None:
+    code, output = end(pod.flow("true", edits={"-le 1500": "-le 5"}), 10)
+    assert (code, output) == (1, "flow-container: no Docker daemon within 300 s\n")
+
+
+def test_daemon_that_cannot_start(pod: Pod) -> None:
+    sidecar = pod.sidecar(files={"config/daemon.json": '{"mtu": '})
+    code, output = end(pod.flow("true", beside=sidecar), 30)
+    assert code == 1
+    assert output.startswith("flow-container: the Docker daemon did not start:\ndockerd ended before it answered\n")
+    assert "unable to configure the Docker daemon with file /config/daemon.json" in output
+    assert end(sidecar, 10)[0] == 1
+
+
+def test_daemon_that_never_answers(pod: Pod) -> None:
+    sidecar = pod.sidecar(edits={"-le 200": "-le 3", 'dockerd-entrypoint.sh "$@"': "sleep 300"})
+    code, output = end(pod.flow("true", beside=sidecar), 30)
+    assert code == 1
+    assert "dockerd did not answer within 60 s" in output
+    assert end(sidecar, 10)[0] == 1
+
+
+def test_daemon_configuration_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:
+    sidecar = pod.sidecar(files={"config/daemon.json": '{"labels": ["who=us"]}'})
+    flow = pod.flow("docker", "info", "--format", "{{.Labels}}", beside=sidecar)
+    assert end(flow, 30) == (0, "[who=us]\n")
+    sidecar = pod.sidecar(files={"config/daemon.json": '{"hosts": ["tcp://0.0.0.0:2375"]}'})
+    assert "specified both as a flag and in the configuration file: hosts" in end(sidecar, 30)[1]
+
+
+def test_daemon_killed_while_the_flow_runs(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    flow = pod.flow("sh", "-c", "echo up; while docker version >/dev/null 2>&1; do sleep 0.1; done", beside=sidecar)
+    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    sidecar.exec_run(["sh", "-c", "kill -9 $(pidof dockerd)"])
+    assert end(flow, 10)[0] == 0
+    code, output = end(sidecar, 10)
+    assert code == 1
+    assert "dind-daemon: dockerd had ended before" in output
+
+
+def test_port_is_closed_to_other_pods(pod: Pod) -> None:
+    sidecar = pod.sidecar()
+    flow = pod.flow("sh", "-c", "docker version >/dev/null && echo open; sleep 300", beside=sidecar)
+    wait_for(lambda: flow.logs() == b"open\n", "the flow reaches the daemon", flow.logs)
+    sidecar.reload()
+    address = (
+        sidecar.attrs["NetworkSettings"]["IPAddress"]
+        or next(iter(sidecar.attrs["NetworkSettings"]["Networks"].values()))["IPAddress"]
+    )
+    ask = ["docker", "--host", f"tcp://{address}:2375", "version"]
+    with pytest.raises(docker.errors.ContainerError, match="Cannot connect to the Docker daemon"):
+        pod.daemon.containers.run(SIDECAR["image"], ask, entrypoint=[], remove=True, labels=LABELS)
+
+
+@pytest.fixture
+def nested(
+    daemon: docker.DockerClient, registry: Registry, on: Callable[[str], None]
+) -> Iterator[Callable[..., tuple[Container, str]]]:
+    """Start a daemon that may break, turn the flow to it, and tell what the registry is called there."""
+    network = daemon.networks.create(f"nested-{uuid.uuid4().hex[:8]}", labels=LABELS)
+    network.connect(registry.container)
+    network.reload()
+    address = network.attrs["Containers"][registry.container.id]["IPv4Address"].split("/")[0] + ":5000"
+    started: list[Container] = []
+
+    def start(**options: Any) -> tuple[Container, str]:
+        arguments = ["dockerd", "--host=tcp://0.0.0.0:23750", "--tls=false", f"--insecure-registry={address}"]
+        started.append(
+            daemon.containers.run(
+                SIDECAR["image"],
+                arguments,
+                detach=True,
+                environment={"DOCKER_TLS_CERTDIR": ""},
+                labels=LABELS,
+                network=network.name,
+                ports={"23750/tcp": ("127.0.0.1", 23750)},
+                privileged=True,
+                **options,
+            )
+        )
+        wait_for(lambda: b"API listen on" in started[0].logs(), "dockerd answers", started[0].logs)
+        on(NESTED)
+        return started[0], address
+
+    yield start
+    for container in started:
+        container.remove(force=True, v=True)
+    network.disconnect(registry.container)
+    network.remove()
+
+
+def test_daemon_dies_during_the_wait(
+    flow_run: Callable[..., Outcome],
+    image: str,
+    nested: Callable[..., tuple[Container, str]],
+    logs: list[tuple[str, str, str]],
+) -> None:
+    container, address = nested()
+
+    def kill() -> None:
+        wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)
+        container.kill()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    run = flow_run(image=f"{address}/busybox:1", command=["sh", "-c", "echo up; sleep 300"])
+    killer.join()
+    assert run.state.is_failed()
+    assert f"the Docker daemon at {NESTED} does not answer" in run.state.message
+    assert f"(image {address}/busybox:1)" in run.state.message
+    assert run.tasks["GetContainerLogs"].is_skipped()
+
+
+def test_no_disk_space_for_the_image(
+    flow_run: Callable[..., Outcome],
+    registry: Registry,
+    daemon: docker.DockerClient,
+    nested: Callable[..., tuple[Container, str]],
+) -> None:
+    daemon.api.import_image_from_data(_tar({"big": bytes(64 << 20)}), "docker-sidecar-tests", "big")
+    registry.push("docker-sidecar-tests:big", "big:1")
+    with suppress(docker.errors.ImageNotFound):
+        daemon.images.remove("docker-sidecar-tests:big")
+    _, address = nested(tmpfs={"/var/lib/docker": "size=32m"})
+    run = flow_run(image=f"{address}/big:1", command="true")
+    assert run.state.is_failed()
+    assert "no space left on device" in run.state.message
+    assert not run.naming("retry")
