@@ -16,18 +16,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import docker
 import psutil
 import requests
 from docker.errors import DockerException, NotFound
+from docker.models.containers import Container
 
 from flows.settings import PROJECT, load_job_template
 from tests.airgap import images
 
 PORT = 2375
 DAEMON = f"tcp://127.0.0.1:{PORT}"
-CACHE = Path(os.environ.get("CACHE") or Path.home() / ".cache" / "docker-sidecar-on-kubernetes")
+_CACHES = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+CACHE = Path(os.environ.get("CACHE") or Path(_CACHES, "docker-sidecar-on-kubernetes"))
 HOME = CACHE / "dockerd"  # of a daemon started here: data root, exec root, pid file, log
 REGISTRY_PORT = 5001
 REGISTRY = f"localhost:{REGISTRY_PORT}"
@@ -83,6 +86,15 @@ def port_owner(port: int) -> str | None:
     return "a process of another user"
 
 
+def engine() -> docker.DockerClient:
+    """The Docker engine of this machine, or the daemon that takes its place, also for programs started from here."""
+    if client := connect():
+        return client
+    client = up()
+    os.environ["DOCKER_HOST"] = DAEMON
+    return client
+
+
 def up() -> docker.DockerClient:
     """Have a daemon at tcp://localhost:2375, and with it, where Docker Hub cannot be reached, its images.
 
@@ -119,7 +131,7 @@ def _run_in_container(engine: docker.DockerClient, online: bool) -> docker.Docke
         engine.images.pull(image)
     # a network of its own, so that no other container can reach the port; only it is published, on loopback
     network = engine.networks.create(NAME, labels=LABELS, check_duplicate=True)
-    mirror = [] if online else [f"--registry-mirror={start_registry(engine, network.name)}"]
+    mirror = [] if online else [f"--registry-mirror={start_registry(engine, online, network.name)}"]
     container = engine.containers.run(
         image,
         # --tls=false: without it dockerd sleeps 15 s to warn of what nobody can reach here
@@ -160,55 +172,94 @@ def _start_dockerd(online: bool) -> docker.DockerClient:
     _started.append(process)
     daemon = _wait_for_daemon(lambda: None if process.poll() is None else log.read_text()[-1500:])
     if not online:
-        start_registry(daemon)
+        start_registry(daemon, online)
     return daemon
 
 
-def _wait_for_daemon(ended: Callable[[], str | None]) -> docker.DockerClient:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
+def _wait_for_daemon(last_words: Callable[[], str | None]) -> docker.DockerClient:
+    """Wait until the daemon answers, or has ended and left some last words."""
+    try:
+        wait_until(lambda: connect(DAEMON) or last_words() is not None, f"dockerd answers at {DAEMON}")
         if daemon := connect(DAEMON):
             return daemon
-        if (last_words := ended()) is not None:
-            down()
-            raise SidecarError(f"dockerd ended before it answered. Its last words:\n{last_words}")
-        time.sleep(0.1)
-    down()
-    raise SidecarError(f"dockerd did not answer at {DAEMON} within {START_SECONDS} s")
+        raise SidecarError(f"dockerd ended before it answered. Its last words:\n{last_words()}")
+    except SidecarError:
+        down()
+        raise
 
 
-def start_registry(engine: docker.DockerClient, network: str | None = None) -> str:
-    """Have a registry on the engine, filled with stand-ins.
+def start_registry(engine: docker.DockerClient, online: bool, network: str = "bridge") -> str:
+    """Have a registry on the engine, to push to and, where Docker Hub cannot be reached, filled with stand-ins.
+
+    Args:
+        engine: where the registry runs, in a container with its port published on the loopback interface.
+        online: whether Docker Hub can be reached; then a second registry is a pull-through cache of it.
+        network: the network of the engine that the daemons to serve are on.
 
     Returns:
-        Its URL as seen from the network.
+        The URL of a mirror of Docker Hub, as seen from the network.
     """
-    name = f"{NAME}-registry"
-    images.build(engine)
+    if online:
+        engine.images.pull("registry:2")
+    else:
+        images.build(engine)
+    registry = _run_registry(engine, "registry", {"5000/tcp": ("127.0.0.1", REGISTRY_PORT)}, {})
+    if online:
+        _run_registry(engine, "mirror", {}, {"REGISTRY_PROXY_REMOTEURL": "https://registry-1.docker.io"})
+    wait_until(lambda: b"listening on" in registry.logs(), "the local registry listens")
+    if not online:
+        images.fill(engine, REGISTRY)
+    return address_of(engine, registries(engine)[-1], network)
+
+
+def registries(engine: docker.DockerClient) -> list[str]:
+    """Which registries run: the one to push to, and the mirror of Docker Hub, if that is another."""
+    running = [container.name for container in engine.containers.list(filters=OURS)]
+    return [name for name in ("registry", "mirror") if f"{NAME}-{name}" in running]
+
+
+def address_of(engine: docker.DockerClient, name: str, network: str) -> str:
+    """The URL of a registry in a network: by address, as pods of the cluster that `make airgap` enables have no DNS."""
+    registry, found = engine.containers.get(f"{NAME}-{name}"), engine.networks.get(network)
+    if registry.id not in found.attrs["Containers"]:
+        found.connect(registry)
+        found.reload()
+    return "http://{}:5000".format(found.attrs["Containers"][registry.id]["IPv4Address"].split("/")[0])
+
+
+def _run_registry(
+    engine: docker.DockerClient, name: str, ports: dict[str, Any], environment: dict[str, str]
+) -> Container:
     try:
-        registry = engine.containers.get(name)
+        container = engine.containers.get(f"{NAME}-{name}")
+        container.start()
     except NotFound:
-        if owner := port_owner(REGISTRY_PORT):
+        if ports and (owner := port_owner(REGISTRY_PORT)):
             message = f"port {REGISTRY_PORT}, for the local registry, is taken by {owner}: stop it"
             raise SidecarError(message) from None
-        registry = engine.containers.run(
+        container = engine.containers.run(
             "registry:2",
-            name=name,
+            name=f"{NAME}-{name}",
             detach=True,
             labels=LABELS,
-            ports={"5000/tcp": ("127.0.0.1", REGISTRY_PORT)},
-            volumes={name: {"bind": "/var/lib/registry"}},
+            environment=environment,
+            ports=ports,
+            volumes={f"{NAME}-{name}": {"bind": "/var/lib/registry"}},
         )
-    if network:
-        engine.networks.get(network).connect(registry)
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        with suppress(requests.RequestException):
-            requests.get(f"http://{REGISTRY}/v2/", timeout=5)
-            break
+    return container
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
+    """Wait for a condition.
+
+    Raises:
+        SidecarError: if it does not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SidecarError(f"not within {seconds} s: {what}")
         time.sleep(0.1)
-    images.fill(engine, REGISTRY)
-    return f"http://{name}:5000"
 
 
 def down() -> None:

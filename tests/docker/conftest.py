@@ -1,8 +1,7 @@
-"""The real daemon at tcp://localhost:2375, a registry that it can reach, and a small image to run."""
+"""A registry that the daemon can reach, and flow runs in this process."""
 
 from __future__ import annotations
 
-import base64
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,34 +13,15 @@ from docker.models.containers import Container
 from prefect.engine.state import State
 
 from flows import docker_sidecar, tasks
-from flows.settings import load_job_template
-from scripts import run, sidecar
+from scripts import run
+from tests.conftest import LABELS
 from tests.support.waiting import wait_for
-
-LABELS = {"docker-sidecar-on-kubernetes": "test"}
-SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]
-# Everything in one static or nearly static file: the smallest image that can run a command. The dind image has
-# it, whether it is the published one (Alpine) or the stand-in.
-BUSYBOX = "mkdir -p /t/bin /t/lib; cp /bin/busybox /t/bin/; cp /lib/ld-musl* /t/lib/; \
-busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c . | base64"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/docker/" in item.nodeid:
             item.add_marker("docker")
-
-
-@pytest.fixture(scope="session")
-def daemon() -> Iterator[docker.DockerClient]:
-    with sidecar.running() as client:
-        try:
-            client.images.get(SIDECAR["image"])
-        except docker.errors.ImageNotFound:
-            client.images.pull(SIDECAR["image"])
-        yield client
-        for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
-            container.remove(force=True, v=True)
 
 
 @dataclass
@@ -88,14 +68,6 @@ def registry(daemon: docker.DockerClient, busybox: str) -> Registry:
     found = start_registry(daemon, 5055)
     wait_for(lambda: "listening on" in found.container.logs().decode(), "the registry listens", found.container.logs)
     return found
-
-
-@pytest.fixture(scope="session")
-def busybox(daemon: docker.DockerClient) -> str:
-    """The name of a small image that is on the daemon and in no registry."""
-    output = daemon.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
-    daemon.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
-    return "docker-sidecar-tests:busybox"
 
 
 @pytest.fixture(scope="session")

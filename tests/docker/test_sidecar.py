@@ -15,7 +15,8 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from tests.docker.conftest import LABELS, SIDECAR, Outcome, Registry
+from tests.conftest import LABELS, SIDECAR
+from tests.docker.conftest import Outcome, Registry
 from tests.support.waiting import wait_for
 
 FLOW = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][0]

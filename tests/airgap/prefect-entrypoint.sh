@@ -1,0 +1,3 @@
+#!/bin/sh
+# The published image's script installs EXTRA_PIP_PACKAGES first; nothing here needs that.
+exec "$@"

@@ -1,0 +1,39 @@
+"""What the tests on a real Docker daemon and those on a real cluster share."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+
+import docker
+import pytest
+
+from flows.settings import load_job_template
+from scripts import sidecar
+
+LABELS = {"docker-sidecar-on-kubernetes": "test"}
+SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]
+# Everything in one static or nearly static file: the smallest image that can run a command. The dind image has
+# it, whether it is the published one (Alpine) or the stand-in.
+BUSYBOX = "mkdir -p /t/bin /t/lib; cp /bin/busybox /t/bin/; cp /lib/ld-musl* /t/lib/; \
+busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c . | base64"
+
+
+@pytest.fixture(scope="session")
+def daemon() -> Iterator[docker.DockerClient]:
+    with sidecar.running() as client:
+        try:
+            client.images.get(SIDECAR["image"])
+        except docker.errors.ImageNotFound:
+            client.images.pull(SIDECAR["image"])
+        yield client
+        for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
+            container.remove(force=True, v=True)
+
+
+@pytest.fixture(scope="session")
+def busybox(daemon: docker.DockerClient) -> str:
+    """The name of a small image that is on the daemon and in no registry."""
+    output = daemon.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
+    daemon.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
+    return "docker-sidecar-tests:busybox"

@@ -1,0 +1,247 @@
+"""A real kind cluster, a real Agent in it, and the flow, registered by the real CLI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import docker
+import kubernetes.client
+import kubernetes.stream
+import kubernetes.utils
+import kubernetes.watch
+import pytest
+import yaml
+from prefect.run_configs import KubernetesRun
+
+from flows.settings import PROJECT, load_job_template
+from scripts import cluster, sidecar
+from tests.support.prefect_api import FlowRun, PrefectAPI
+from tests.support.waiting import wait_for
+
+PROJECT_NAME = "tests"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "tests/kubernetes/" in item.nodeid:
+            item.add_marker("kubernetes")
+            item.add_marker(pytest.mark.timeout(400))
+
+
+@dataclass
+class Namespace:
+    """A namespace of the tests' own, and what happens in it."""
+
+    api: kubernetes.client.ApiClient
+    name: str = field(default_factory=lambda: f"tests-{uuid.uuid4().hex[:8]}")
+    jobs: dict[str, list[tuple[datetime, Any]]] = field(default_factory=dict)  # by flow run: when, and the Job
+
+    def __post_init__(self) -> None:
+        self.core = kubernetes.client.CoreV1Api(self.api)
+        self.batch = kubernetes.client.BatchV1Api(self.api)
+        threading.Thread(target=self._watch_jobs, daemon=True).start()
+
+    def _watch_jobs(self) -> None:
+        watch = kubernetes.watch.Watch()
+        for event in watch.stream(self.batch.list_namespaced_job, namespace=self.name):
+            job = event["object"]
+            run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
+            self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
+
+    def pods(self, run_id: str) -> list[Any]:
+        selector = f"prefect.io/flow_run_id={run_id}"
+        return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
+
+    def job_ended(self, run_id: str) -> tuple[str, datetime] | None:
+        """How a Job ended, Complete or Failed, and when that was seen."""
+        for seen, _, job in self.jobs.get(run_id, []):
+            for condition in job.status.conditions or []:
+                if condition.type in ("Complete", "Failed") and condition.status == "True":
+                    return condition.type, seen
+        return None
+
+    def execute(self, pod: str, container: str, *command: str) -> str:
+        """Run a command in a container, and return what it writes."""
+        return str(
+            kubernetes.stream.stream(
+                self.core.connect_get_namespaced_pod_exec,
+                pod,
+                self.name,
+                container=container,
+                command=list(command),
+                stderr=True,
+                stdout=True,
+            )
+        )
+
+    def report(self) -> str:
+        """Phases, conditions, events and the ends of logs, for a test that gives up."""
+        lines = []
+        for pod in self.core.list_namespaced_pod(self.name).items:
+            lines.append(f"pod {pod.metadata.name}: {pod.status.phase}")
+            for status in pod.status.container_statuses or []:
+                state = {name: value for name, value in status.state.to_dict().items() if value}
+                lines.append(f"  {status.name}: {state}")
+                if not status.state.waiting:
+                    text = self.core.read_namespaced_pod_log(
+                        pod.metadata.name, self.name, container=status.name, tail_lines=15
+                    )
+                    lines += [f"    {line}" for line in text.splitlines()]
+        for event in self.core.list_namespaced_event(self.name).items[-30:]:
+            lines.append(f"event {event.involved_object.name}: {event.reason}: {event.message}")
+        return "\n".join(lines)
+
+
+@pytest.fixture(scope="session")
+def engine(daemon: docker.DockerClient) -> Iterator[docker.DockerClient]:
+    """The engine that the cluster runs on, with the cluster; asked for and not to be had is a failure."""
+    was_up = cluster.KUBECONFIG.exists()
+    cluster.up()
+    yield sidecar.engine()
+    if not was_up:
+        cluster.delete()
+
+
+@pytest.fixture(scope="session")
+def namespace(engine: docker.DockerClient) -> Iterator[Namespace]:
+    found = Namespace(cluster.client())
+    labels = {"pod-security.kubernetes.io/enforce": "privileged"}
+    found.core.create_namespace({"metadata": {"name": found.name, "labels": labels}})
+    kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
+    yield found
+    found.core.delete_namespace(found.name)
+    wait_for(
+        lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
+        f"{found.name} is gone",
+        found.report,
+        120,
+    )
+
+
+@pytest.fixture(scope="session")
+def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
+    """The Prefect API, on an address of this machine that pods reach as well."""
+    gateway = engine.networks.get(cluster.NETWORK).attrs["IPAM"]["Config"][0]["Gateway"]
+    with PrefectAPI(host=gateway) as found:
+        yield found
+    assert not found.errors
+
+
+@pytest.fixture(scope="session")
+def prefect(api: PrefectAPI, engine: docker.DockerClient) -> Callable[..., str]:
+    """The Prefect CLI."""
+
+    def call(*arguments: str, **environment: str) -> str:
+        program = Path(sys.executable).with_name("prefect")
+        done = subprocess.run(
+            [program, *arguments],
+            cwd=PROJECT,
+            env={**os.environ, **api.env, **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def flow_id(api: PrefectAPI, prefect: Callable[..., str]) -> str:
+    prefect("create", "project", PROJECT_NAME)
+    options = ["--project", PROJECT_NAME, "-m", "flows.docker_sidecar"]
+    prefect("register", *options, FLOW_REGISTRY_URL=f"{sidecar.REGISTRY}/")
+    [flow] = api.flows
+    return flow
+
+
+@pytest.fixture(scope="session")
+def agent(namespace: Namespace, api: PrefectAPI, prefect: Callable[..., str]) -> str:
+    """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
+    manifests = prefect("agent", "kubernetes", "install", "--rbac", "--api", api.url, "--namespace", namespace.name)
+    documents = [document for document in yaml.safe_load_all(manifests) if document]
+    kubernetes.utils.create_from_yaml(namespace.api, yaml_objects=documents, namespace=namespace.name)
+
+    def running() -> str | None:
+        pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
+        ready = [pod.metadata.name for pod in pods if pod.status.phase == "Running"]
+        return ready[0] if ready else None
+
+    return wait_for(running, "the Agent runs", namespace.report, 180)
+
+
+@pytest.fixture(scope="session")
+def small_image(engine: docker.DockerClient, busybox: str) -> str:
+    """A small image, by a name that the pods' daemons can pull."""
+    reference = f"{sidecar.REGISTRY}/busybox:1"
+    engine.images.get(busybox).tag(reference)
+    for line in engine.api.push(reference, stream=True, decode=True):
+        assert "error" not in line, line
+    engine.images.remove(reference)
+    address = sidecar.address_of(engine, "registry", cluster.NETWORK).partition("://")[2]
+    return f"{address}/busybox:1"
+
+
+@dataclass
+class Run:
+    """A flow run, from its submission to the end of its Job."""
+
+    namespace: Namespace
+    record: FlowRun
+
+    def seen(self) -> str:
+        return f"{self.record}\n{self.namespace.report()}"
+
+    def wait(self, condition: Callable[[], Any], what: str, timeout: float) -> Any:
+        return wait_for(condition, what, self.seen, timeout)
+
+    def reaches(self, *states: str, timeout: float = 180) -> FlowRun:
+        self.wait(lambda: self.record.state in states, f"the run is {' or '.join(states)}", timeout)
+        return self.record
+
+    def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
+        self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
+        ended = self.namespace.job_ended(self.record.id)
+        assert ended
+        return ended
+
+    def logs(self) -> str:
+        """What Prefect shows as the run's logs."""
+        return "\n".join(str(log.message) for log in self.record.logs)
+
+    def container_writes(self, text: str) -> str:
+        """Wait until the container's output is in the run's logs, and return the name of the pod."""
+        self.wait(lambda: text in self.logs(), f"the container writes {text!r}", 180)
+        [pod] = self.namespace.pods(self.record.id)
+        return str(pod.metadata.name)
+
+
+@pytest.fixture
+def submit(
+    namespace: Namespace, api: PrefectAPI, flow_id: str, agent: str, small_image: str
+) -> Iterator[Callable[..., Run]]:
+    """Submit a run of the flow, on a job template of its own if need be."""
+    runs: list[Run] = []
+
+    def create(template: dict[str, Any] | None = None, memory_limit: str | None = None, **parameters: Any) -> Run:
+        template = template or load_job_template("docker_sidecar")
+        config = KubernetesRun(job_template=template, memory_limit=memory_limit).serialize()
+        run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
+        runs.append(Run(namespace, api.flow_runs[run_id]))
+        return runs[-1]
+
+    yield create
+    for run in runs:
+        for pod in namespace.pods(run.record.id):
+            job = pod.metadata.labels["job-name"]
+            namespace.batch.delete_namespaced_job(job, namespace.name, propagation_policy="Background")

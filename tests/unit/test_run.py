@@ -1,0 +1,111 @@
+"""What `make run` and its scripts say when they cannot do what they are asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import socketserver
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from flows.settings import PROJECT
+from scripts import sidecar
+
+
+@pytest.fixture(autouse=True)
+def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where the code is wrong and goes on, there is no program to start or install a daemon with."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sidecar, "HOME", tmp_path / "cache" / "dockerd")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("IMAGE", "", "run: IMAGE is ''. Give an image reference: "),
+        ("IMAGE", "no image", "run: IMAGE is 'no image'. Give an image reference: "),
+        ("COMMAND", "sh -c 'echo", """run: COMMAND is "sh -c 'echo": No closing quotation. Close the quotes"""),
+    ],
+)
+def test_make_run_refuses_at_once(name: str, value: str, says: str, tmp_path: Path, nowhere: int) -> None:
+    # nor is there a daemon to use: Docker's SDK minds proxies, even for this machine
+    proxy = {"HTTP_PROXY": f"http://127.0.0.1:{nowhere}", "NO_PROXY": "", "no_proxy": ""}
+    result = subprocess.run(
+        [sys.executable, "-m", "scripts.run"],
+        cwd=PROJECT,
+        env={**os.environ, **proxy, name: value},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.startswith(says)
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "cache").exists()  # not even looked for a daemon
+
+
+def test_who_listens_on_a_port(nowhere: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert f"(process {os.getpid()})" in str(sidecar.port_owner(listener.getsockname()[1]))
+    assert sidecar.port_owner(nowhere) is None
+
+
+def listen_at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a port stand in for 2375."""
+    monkeypatch.setattr(sidecar, "PORT", port)
+    monkeypatch.setattr(sidecar, "DAEMON", f"tcp://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0\r\n", b""])
+def test_a_stranger_on_the_port(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stranger(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.recv(1 << 16)
+            self.request.sendall(answer)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stranger) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        listen_at(server.server_address[1], monkeypatch)
+        owner = rf"port {sidecar.PORT} is taken by .*\(process {os.getpid()}\), which is no Docker daemon: stop it"
+        with pytest.raises(sidecar.SidecarError, match=owner):
+            sidecar.up()
+        server.shutdown()
+
+
+def test_a_stranger_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "ANSWER_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listen_at(listener.getsockname()[1], monkeypatch)
+        with pytest.raises(sidecar.SidecarError, match=rf"is taken by .*\(process {os.getpid()}\)"):
+            sidecar.up()
+
+
+def test_the_ways_to_a_daemon(monkeypatch: pytest.MonkeyPatch, nowhere: int) -> None:
+    listen_at(nowhere, monkeypatch)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(sidecar.SidecarError, match="no Docker engine answers, and this is not root") as error:
+        sidecar.up()
+    ways = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
+    assert [way.split()[1] for way in ways] == ["start", "have", "be"]
+
+
+def test_setup_names_the_pythons_that_it_cannot_use(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / ".venv").mkdir()
+    script = shutil.copy(PROJECT / "scripts" / "setup.sh", tmp_path / "scripts")
+    python = tmp_path / "python3.12"
+    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho "Python 3.12.9"\n')
+    python.chmod(0o755)
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}", "PYTHON": "python3.12 python0"}
+    result = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=30)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "Python 3.9, 3.10 or 3.11 is needed" in result.stderr
+    assert "Seen: python3.12 (Python 3.12.9); python0 (not there);" in result.stderr
+    assert "PYTHON=/path/to/python3.11 make" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "python3.12", "scripts"]
