@@ -70,12 +70,13 @@ class Batch:
         """Add output of a stream."""
         with self._lock:
             *lines, rest = (self._unfinished[stderr] + data).split(b"\n")
+            for line in lines:
+                for start in range(0, len(line) or 1, LINE_BYTES):
+                    self._add_line(stderr, line[start : start + LINE_BYTES])
             while len(rest) >= LINE_BYTES:
-                lines.append(rest[:LINE_BYTES])
+                self._add_line(stderr, rest[:LINE_BYTES])
                 rest = rest[LINE_BYTES:]
             self._unfinished[stderr] = rest
-            for line in lines:
-                self._add_line(stderr, line)
 
     def _add_line(self, stderr: bool, line: bytes) -> None:
         if not self._tail and len(self._head) < HEAD_LINES and self._head_bytes < HEAD_BYTES:
@@ -102,6 +103,7 @@ class Batch:
                 for stderr, rest in self._unfinished.items():
                     if rest:
                         self._add_line(stderr, rest)
+                    self._unfinished[stderr] = b""
             lines, tail, left_out = self._head, self._tail, self._left_out
             self._clear()
         if left_out:

@@ -17,7 +17,8 @@ JOB_TEMPLATES = PROJECT / "job_templates"
 # The grammar of image names, https://github.com/distribution/reference/blob/main/reference.go
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _PATH = rf"{_COMPONENT}(?:/{_COMPONENT})*"
-_HOST = r"(?:localhost|[a-zA-Z0-9-]+(?:\.[a-zA-Z0-9-]+)+|[a-zA-Z0-9-]+(?=:))(?::[0-9]+)?"
+_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9-]*[a-zA-Z0-9])?"
+_HOST = rf"(?:localhost|{_LABEL}(?:\.{_LABEL})+|{_LABEL}(?=:))(?::[0-9]+)?"
 _TAG = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
 _IMAGE = rf"(?:{_HOST}/)?{_PATH}(?::{_TAG})?(?:@sha256:[0-9a-f]{{64}})?"
 
@@ -117,18 +118,21 @@ def load_job_template(name: str) -> dict[str, Any]:
         job = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise wrong(f"cannot read {str(path)!r} ({error.strerror})") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that is none
         raise wrong(f"{str(path)!r} is not YAML ({' '.join(str(error).split())})") from None
 
     if not isinstance(job, dict) or job.get("kind") != "Job" or job.get("apiVersion") != "batch/v1":
         raise wrong("it is not a Kubernetes Job (apiVersion: batch/v1, kind: Job)")
     try:
         first = job["spec"]["template"]["spec"]["containers"][0]
-    except (KeyError, IndexError, TypeError):
+        privileged = (first.get("securityContext") or {}).get("privileged")
+    except (AttributeError, KeyError, IndexError, TypeError):
         raise wrong("it has no containers (spec.template.spec.containers)") from None
-    if (first.get("securityContext") or {}).get("privileged") or "dind" in str(first.get("image")):
+    if privileged or "dind" in str(first.get("image")):
         raise wrong(
             f"its first container, {first.get('name')!r}, is the Docker daemon; "
             "the Agent fills in the first container to run the flow, so put that one first"
         )
+    if empty := [key for part in (job, first) for key in ("metadata", "env", "resources") if part.get(key, 0) is None]:
+        raise wrong(f"{empty[0]!r} is empty; leave it out, or the Agent fails on it")
     return job

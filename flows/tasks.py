@@ -8,6 +8,7 @@ its cause.
 from __future__ import annotations
 
 import re
+import shlex
 import signal
 import threading
 import time
@@ -66,7 +67,7 @@ def stop_at_the_cause(upstream_states: Mapping[Any, State]) -> bool:
         TRIGGERFAIL: with the message of a failed upstream state.
     """
     for state in upstream_states.values():
-        if state.is_failed():
+        if not state.is_successful():
             raise signals.TRIGGERFAIL(state.message)
     return True
 
@@ -179,7 +180,7 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     Arguments as for ``prefect.tasks.docker.CreateContainer``.
     """
 
-    def run(self, environment: Any = None, **kwargs: Any) -> str:  # type: ignore[override]
+    def run(self, command: Any = None, environment: Any = None, **kwargs: Any) -> str:  # type: ignore[override]
         """Create the container.
 
         Returns:
@@ -191,9 +192,12 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         if environment is not None and not isinstance(environment, (dict, list)):
             raise signals.FAIL(f"environment is {environment!r}; give a mapping of names to values")
         with self.failing("Creating the container", kwargs.get("docker_server_url") or self.docker_server_url):
-            label = {LABEL: prefect.context.get("flow_run_id", "")}
-            extra = {"labels": label, **(self.extra_docker_kwargs or {})}
-            return str(super().run(environment=environment, extra_docker_kwargs=extra, **kwargs))
+            if isinstance(command, str):
+                shlex.split(command)  # as docker will, once it is connected
+            extra = kwargs.pop("extra_docker_kwargs", None) or self.extra_docker_kwargs or {}
+            labels = {**(extra.get("labels") or {}), LABEL: prefect.context.get("flow_run_id", "")}
+            extra = {**extra, "labels": labels}
+            return str(super().run(command=command, environment=environment, extra_docker_kwargs=extra, **kwargs))
 
 
 class StartContainer(_DockerTask, prefect_docker.StartContainer):
@@ -211,6 +215,18 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
 
 class _Terminated(BaseException):
     """The flow's process was asked to end."""
+
+
+def _output(client: docker.APIClient, container_id: str, tty: bool, **options: Any) -> Iterator[tuple[bool, bytes]]:
+    """A container's output in pieces, each with whether it is stderr, which ``APIClient.logs()`` does not tell."""
+    response = client.get(
+        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
+        params={"stdout": True, "stderr": True, **options},
+        stream=True,
+    )
+    if not response.ok:
+        raise APIError(response.reason, response, response.json().get("message"))
+    yield from frames(response.iter_content(chunk_size=None), tty)
 
 
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
@@ -266,16 +282,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
 
         def read() -> None:
             try:
-                # APIClient.logs() does not tell stdout from stderr; this is the same request.
-                response = client.get(
-                    f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
-                    params={"follow": 1, "stdout": 1, "stderr": 1},
-                    stream=True,
-                )
-                if not response.ok:
-                    errors.append(APIError(response.reason, response, response.json().get("message")))
-                    return
-                for stderr, data in frames(response.iter_content(chunk_size=None), tty):
+                for stderr, data in _output(client, container_id, tty, follow=True):
                     batch.add(stderr, data)
             except (*_Errors, ValueError) as error:
                 errors.append(error)
@@ -343,11 +350,12 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         size = lines = 0
         try:
             client = docker.APIClient(base_url=docker_server_url, version="auto")
-            for piece in client.logs(container_id, stream=True, follow=False, tail=LOG_LINES + 1):
+            tty = client.inspect_container(container_id)["Config"]["Tty"]
+            for _, piece in _output(client, container_id, tty, tail=LOG_LINES + 1):
                 pieces.append(piece)
                 size += len(piece)
                 lines += piece.count(b"\n")
-                while size - len(pieces[0]) >= LOG_BYTES:
+                while size - len(pieces[0]) > LOG_BYTES:
                     size -= len(pieces.popleft())
         except APIError as error:
             raise signals.FAIL(f"Getting the logs of container {container_id[:12]}: {_words(error, '')}") from None

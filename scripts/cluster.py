@@ -54,15 +54,25 @@ def kind(*arguments: str) -> str:
 
 def node_image(engine: docker.DockerClient, online: bool) -> list[str]:
     """The option that chooses the node image: $KIND_NODE_IMAGE, kind's own, or what `make airgap` has built."""
-    if "KIND_NODE_IMAGE" in os.environ:
-        return [f"--image={os.environ['KIND_NODE_IMAGE']}"]
-    if online:
+    chosen = os.environ.get("KIND_NODE_IMAGE")
+    if online and chosen is None:
         return []
+    name = images.NODE if chosen is None else chosen
     try:
-        engine.images.get(images.NODE)
-    except ImageNotFound:
-        raise SidecarError("Docker Hub cannot be reached, and there is no node image: run `make airgap`") from None
-    return [f"--image={images.NODE}"]
+        try:
+            engine.images.get(name)
+        except ImageNotFound:
+            if chosen is None:
+                raise SidecarError(
+                    "Docker Hub is out of reach, and there is no node image: run `make airgap`"
+                ) from None
+            say(f"pulling {name}")
+            engine.images.pull(name)
+    except docker.errors.DockerException as error:
+        raise SidecarError(
+            f"KIND_NODE_IMAGE is {name!r}, which cannot be had: {error}. Unset, the default is used"
+        ) from None
+    return [f"--image={name}"]
 
 
 def up() -> None:

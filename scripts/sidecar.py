@@ -38,11 +38,15 @@ NAME = "docker-sidecar"  # of the daemon's container and its network
 LABELS = {"docker-sidecar-on-kubernetes": "make"}
 OURS: dict[str, str | list[str] | bool] = {"label": [f"{key}={value}" for key, value in LABELS.items()]}
 START_SECONDS = 60
+ANSWER_SECONDS, WORK_SECONDS = 5, 600  # how long to wait for a sign of life, and for a build
 WAYS = """There are three ways to get a Docker daemon at tcp://localhost:2375:
   - start one there yourself; it is used and left alone
   - have a Docker engine on this machine (`docker version` answers); a daemon is started in a container
   - be root on Linux; dockerd is started directly (on Debian it is installed if need be)"""
 
+
+# A proxy that the environment names must not be asked for what is here.
+os.environ["NO_PROXY"] = ",".join(filter(None, [os.environ.get("NO_PROXY"), "localhost,127.0.0.1"]))
 
 _started: list[subprocess.Popen[bytes]] = []  # kept, for a Popen that is forgotten warns that its process goes on
 
@@ -59,18 +63,19 @@ def say(message: str) -> None:
 def connect(url: str | None = None) -> docker.DockerClient | None:
     """The Docker engine at a URL (by default at ``DOCKER_HOST`` or the usual socket), if one answers."""
     try:
-        client = docker.DockerClient(url, timeout=600) if url else docker.from_env(timeout=600)
+        client = docker.DockerClient(url, timeout=ANSWER_SECONDS) if url else docker.from_env(timeout=ANSWER_SECONDS)
         client.ping()
     except (DockerException, requests.RequestException):
         return None
+    client.api.timeout = WORK_SECONDS
     return client
 
 
 def hub_answers() -> bool:
     """Whether Docker Hub can be reached."""
     with suppress(requests.RequestException):
-        requests.get("https://registry-1.docker.io/v2/", timeout=5)
-        return True
+        answer = requests.get("https://registry-1.docker.io/v2/", timeout=ANSWER_SECONDS)
+        return answer.status_code in (200, 401)  # 401 asks for a token; anything else is a proxy's
     return False
 
 
@@ -275,7 +280,7 @@ def down() -> None:
         psutil.wait_procs([psutil.Process(pid)], timeout=START_SECONDS)
         while _started:
             _started.pop().wait()
-        for mount in psutil.disk_partitions(all=True):
+        for mount in reversed(psutil.disk_partitions(all=True)):
             if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one
                 subprocess.run(["umount", mount.mountpoint], check=True)
         say("dockerd has ended")
@@ -308,19 +313,14 @@ def running() -> Iterator[docker.DockerClient]:
                 down()
 
 
-def main(command: str) -> None:
-    """Do what the Makefile asks for."""
-    if command == "up":
-        up()
-        say(f"ready at {DAEMON}; `make sidecar-down` stops it")
-    elif command in ("down", "clean"):
-        down()
-        if command == "clean":
-            shutil.rmtree(HOME, ignore_errors=True)
+def clean() -> None:
+    """Stop what up() started, and remove its images as well."""
+    down()
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1])
+        {"up": up, "down": down, "clean": clean}[sys.argv[1]]()
     except SidecarError as error:
         sys.exit(f"sidecar: {error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterator
 
 import docker
@@ -11,7 +12,11 @@ import pytest
 from flows.settings import load_job_template
 from scripts import sidecar
 
+# A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
+os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
+
 LABELS = {"docker-sidecar-on-kubernetes": "test"}
+PREFECT = "prefecthq/prefect:1.4.1"
 SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]
 # Everything in one static or nearly static file: the smallest image that can run a command. The dind image has
 # it, whether it is the published one (Alpine) or the stand-in.
@@ -22,10 +27,11 @@ busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c
 @pytest.fixture(scope="session")
 def daemon() -> Iterator[docker.DockerClient]:
     with sidecar.running() as client:
-        try:
-            client.images.get(SIDECAR["image"])
-        except docker.errors.ImageNotFound:
-            client.images.pull(SIDECAR["image"])
+        for image in (SIDECAR["image"], PREFECT):
+            try:
+                client.images.get(image)
+            except docker.errors.ImageNotFound:
+                client.images.pull(image)
         yield client
         for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
             container.remove(force=True, v=True)

@@ -132,6 +132,9 @@ def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
     """The Prefect API, on an address of this machine that pods reach as well."""
     gateway = engine.networks.get(cluster.NETWORK).attrs["IPAM"]["Config"][0]["Gateway"]
     with PrefectAPI(host=gateway) as found:
+        ask = ["bash", "-c", f"</dev/tcp/{gateway}/{found.server_port}"]
+        status, output = engine.containers.get(cluster.NODE).exec_run(ask)
+        assert status == 0, f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
         yield found
     assert not found.errors
 
@@ -219,9 +222,13 @@ class Run:
         """What Prefect shows as the run's logs."""
         return "\n".join(str(log.message) for log in self.record.logs)
 
+    def logged(self, text: str, timeout: float = 20) -> None:
+        """Wait until something is in the run's logs: they are sent every 5 s, and when the process ends."""
+        self.wait(lambda: text in self.logs(), f"the run logs {text!r}", timeout)
+
     def container_writes(self, text: str) -> str:
         """Wait until the container's output is in the run's logs, and return the name of the pod."""
-        self.wait(lambda: text in self.logs(), f"the container writes {text!r}", 180)
+        self.logged(text, 180)
         [pod] = self.namespace.pods(self.record.id)
         return str(pod.metadata.name)
 

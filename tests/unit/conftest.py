@@ -12,9 +12,6 @@ import pytest
 if TYPE_CHECKING:
     from prefect import Flow
 
-# Prefect reads these when it is imported, so no fixture can set them.
-os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
-
 
 @pytest.fixture(scope="session")
 def nowhere() -> Iterator[int]:

@@ -67,6 +67,8 @@ def test_run_config_and_storage(flow: Flow) -> None:
     assert flow.storage.name == "gcr.io/dev/docker-on-k8s-flow:0.1.0"
     assert flow.storage.stored_as_script
     assert Path(flow.storage.dockerfile) == PROJECT / "Dockerfile"
+    base_image = {"BASE_IMAGE": "prefecthq/prefect:1.4.1-python3.10"}
+    assert flow.storage.build_kwargs == {"buildargs": base_image, "network_mode": "host"}
 
 
 def test_settings_reach_the_flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

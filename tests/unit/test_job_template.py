@@ -44,7 +44,8 @@ def job(flow: Flow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str
         "run_config": flow.run_config.serialize(),
         "flow": GraphQLResult(id="flow-1", core_version="1.4.1", storage=flow.storage.serialize()),
     }
-    with set_temporary_config({"home_dir": str(tmp_path)}):  # where an API key may be
+    # no API key of a developer's, neither from the environment nor from a file: the Agent would have it checked
+    with set_temporary_config({"cloud.api_key": None, "home_dir": str(tmp_path)}):
         return KubernetesAgent().generate_job_spec(GraphQLResult(copy.deepcopy(flow_run)))
 
 

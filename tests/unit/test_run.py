@@ -95,17 +95,19 @@ def test_the_ways_to_a_daemon(monkeypatch: pytest.MonkeyPatch, nowhere: int) -> 
     assert [way.split()[1] for way in ways] == ["start", "have", "be"]
 
 
-def test_setup_names_the_pythons_that_it_cannot_use(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", ["3.8.20", "3.12.0"])
+def test_setup_names_the_pythons_that_it_cannot_use(version: str, tmp_path: Path) -> None:
     (tmp_path / "scripts").mkdir()
     (tmp_path / ".venv").mkdir()
     script = shutil.copy(PROJECT / "scripts" / "setup.sh", tmp_path / "scripts")
-    python = tmp_path / "python3.12"
-    python.write_text('#!/bin/sh\n[ "$1" != -c ] || exit 1\necho "Python 3.12.9"\n')
+    python = tmp_path / "python3"  # this one, which believes to be another
+    belief = f"import sys; sys.version_info = ({version.replace('.', ', ')}); exec(sys.argv[1])"
+    python.write_text(f'#!/bin/sh\n[ $1 = -c ] || exec echo "Python {version}"\n{sys.executable} -c "{belief}" "$2"\n')
     python.chmod(0o755)
-    environ = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}", "PYTHON": "python3.12 python0"}
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}", "PYTHON": "python3 python0"}
     result = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=30)
     assert (result.returncode, result.stdout) == (1, "")
     assert "Python 3.9, 3.10 or 3.11 is needed" in result.stderr
-    assert "Seen: python3.12 (Python 3.12.9); python0 (not there);" in result.stderr
+    assert f"Seen: python3 (Python {version}); python0 (not there);" in result.stderr
     assert "PYTHON=/path/to/python3.11 make" in result.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "python3.12", "scripts"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "python3", "scripts"]

@@ -130,8 +130,10 @@ def test_a_template_that_is_no_file(name: str) -> None:
         load_job_template(name)
 
 
-def test_a_template_of_ones_own(tmp_path: Path) -> None:
-    path = tmp_path / "own.yml"
+@pytest.mark.parametrize("folder", [".", "{}"])
+def test_a_template_of_ones_own(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(folder.format(tmp_path), "own.yml")
     path.write_text(JOB % "[{name: flow}, {name: daemon, image: 'docker:dind'}]")
     job = Settings.from_environ({"JOB_TEMPLATE": str(path)}).job_template
     assert [container["name"] for container in job["spec"]["template"]["spec"]["containers"]] == ["flow", "daemon"]
