@@ -161,6 +161,9 @@ def down() -> None:
 
 def airgap() -> None:
     """Build what a registry would have served: the images, and the node image."""
+    if sidecar.hub_answers():
+        say("Docker Hub answers: there is nothing to build")
+        return
     there = sidecar.connect()
     with nullcontext(there) if there else sidecar.running():
         engine = sidecar.engine()
