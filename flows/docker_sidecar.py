@@ -27,6 +27,7 @@ settings = Settings.from_environ()
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
 environment = Parameter("environment", default=None)
+time_limit = Parameter("time_limit", default=None)  # seconds
 
 # Prefect's Docker tasks would use the local socket; each is told where the sidecar listens.
 pull_image = PullImage(docker_server_url="tcp://localhost:2375")
@@ -41,7 +42,7 @@ with Flow("Docker sidecar example", terminal_state_handler=fail_with_the_cause) 
     container_id = create_container(image_name=image, command=command, environment=environment, upstream_tasks=[pulled])
     started = start_container(container_id=container_id)
     # upstream_tasks: what has to be over first, without handing on a result
-    status_code = wait_on_container(container_id=container_id, upstream_tasks=[started])
+    status_code = wait_on_container(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
     logs = get_logs(container_id=container_id, upstream_tasks=[status_code])
 
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.

@@ -55,6 +55,12 @@ _FINAL = re.compile(
     re.IGNORECASE,
 )
 
+_CREDENTIALS = re.compile(r"denied|unauthorized|authentication required|no basic auth", re.IGNORECASE)
+_REMEDY = (
+    " (if it is a private image: `docker login`, or on Kubernetes a Secret named docker-sidecar of type "
+    "kubernetes.io/dockerconfigjson)"
+)
+
 _Errors = (DockerException, requests.RequestException)
 
 
@@ -135,6 +141,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         except _Errors as error:
             message = f"Pulling {image}: {_words(error, docker_server_url)}"
             final = isinstance(error, APIError) and (error.is_client_error() or _FINAL.search(message))
+            message += _REMEDY if _CREDENTIALS.search(message) else ""
             attempt = prefect.context.get("task_run_count", 1)
             if final or attempt > len(PULL_RETRY_SECONDS):
                 raise signals.FAIL(message) from None
@@ -213,8 +220,8 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
             super().run(**kwargs)
 
 
-class _Terminated(BaseException):
-    """The flow's process was asked to end."""
+class _Stop(BaseException):
+    """A reason to stop a container, in words that follow "was stopped"."""
 
 
 def _output(client: docker.APIClient, container_id: str, tty: bool, **options: Any) -> Iterator[tuple[bool, bytes]]:
@@ -242,14 +249,21 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         container_id: str | None = None,
         docker_server_url: str = "unix:///var/run/docker.sock",
         raise_on_exit_code: bool = True,
+        time_limit: float | None = None,
     ) -> dict[str, Any]:
         """Wait until the container has exited. If the wait is cut short, by whatever, the container is stopped.
+
+        Args:
+            container_id: the container.
+            docker_server_url: where the Docker daemon is.
+            raise_on_exit_code: whether another exit code than 0 is a failure.
+            time_limit: seconds after which the container is stopped, and the task fails.
 
         Returns:
             Docker's answer, with the exit code as ``StatusCode``.
 
         Raises:
-            FAIL: if the exit code is not zero, or Docker cannot tell it, or the process was sent SIGTERM.
+            FAIL: if the exit code is not zero or cannot be told, at the time limit, or if the process got SIGTERM.
         """
         name = f"Container {str(container_id)[:12]}"
         with self.failing(name, docker_server_url):
@@ -260,7 +274,9 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             self.failing(name, docker_server_url),
             self._stopped_if_interrupted(client, str(container_id), name),
         ):
-            unread = self._follow(client, str(container_id), config["Tty"])
+            if not (time_limit is None or (type(time_limit) in (int, float) and time_limit > 0)):
+                raise _Stop(f"because time_limit is {time_limit!r}; give a number of seconds, or leave it out")
+            unread = self._follow(client, str(container_id), config["Tty"], time_limit)
             result = dict(client.wait(str(container_id)))
             state = client.inspect_container(str(container_id))["State"]
         if unread:
@@ -272,7 +288,9 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         self.logger.info(f"{name} exited with code {result.get('StatusCode')}")
         return result
 
-    def _follow(self, client: docker.APIClient, container_id: str, tty: bool) -> Exception | None:
+    def _follow(
+        self, client: docker.APIClient, container_id: str, tty: bool, time_limit: float | None
+    ) -> Exception | None:
         """Log the container's output until there will be no more, or it cannot be read; then return why.
 
         A thread reads, so that this one can log what came when nothing more comes, and can be interrupted.
@@ -290,17 +308,25 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
                 done.set()
 
         threading.Thread(target=read, daemon=True).start()
-        finished = False
-        while not finished:
-            finished = done.wait(FLUSH_SECONDS)
-            for stderr, text in batch.take(finished):
+
+        def log(last: bool = False) -> None:
+            for stderr, text in batch.take(last):
                 (self.logger.warning if stderr else self.logger.info)(text)
+
+        started = time.monotonic()
+        try:
+            while not done.wait(FLUSH_SECONDS):
+                log()
+                if time_limit is not None and time.monotonic() - started > time_limit:
+                    raise _Stop(f"at its time limit of {time_limit:g} s")
+        finally:
+            log(last=True)
         return errors[0] if errors else None
 
     @contextmanager
     def _stopped_if_interrupted(self, client: docker.APIClient, container_id: str, name: str) -> Iterator[None]:
         def terminate(*_: Any) -> None:
-            raise _Terminated
+            raise _Stop("because the flow's process got SIGTERM")
 
         in_main_thread = threading.current_thread() is threading.main_thread()
         previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
@@ -308,11 +334,11 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             yield
         except BaseException as error:
             if not isinstance(error, _Errors):  # then the daemon is gone, and the container with it
-                self.logger.warning(f"{name}: interrupted; stopping it (SIGKILL after {STOP_GRACE_SECONDS} s)")
+                self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
             with suppress(*_Errors):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
-            if isinstance(error, _Terminated):
-                raise signals.FAIL(f"{name} was stopped because the flow's process got SIGTERM") from None
+            if isinstance(error, _Stop):
+                raise signals.FAIL(f"{name} was stopped {error}") from None
             raise
         finally:
             if in_main_thread:

@@ -15,6 +15,16 @@ from scripts import sidecar
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
 os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
 
+# How to run registry:2 so that it asks for a password, which is the word "password".
+_USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
+_SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
+PASSWORD_SCRIPT = ["sh", "-euc", f"echo '{_USER}' >/htpasswd; {_SERVE}"]
+PASSWORD_ENVIRONMENT = {
+    "REGISTRY_AUTH": "htpasswd",
+    "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
+    "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
+}
+
 LABELS = {"docker-sidecar-on-kubernetes": "test"}
 PREFECT = "prefecthq/prefect:1.4.1"
 SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]

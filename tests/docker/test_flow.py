@@ -17,11 +17,11 @@ import pytest
 
 from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
+from tests.conftest import PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT
 from tests.docker.conftest import Outcome, Registry, start_registry
 from tests.support.waiting import wait_for
 
 FlowRun = Callable[..., Outcome]
-USER_AND_PASSWORD = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"  # the word "password"
 
 
 def test_the_recipes_own_defaults(flow_run: FlowRun) -> None:
@@ -239,7 +239,25 @@ def test_terminated(
     sender.join()
     assert run.state.is_failed()
     assert "was stopped because the flow's process got SIGTERM" in run.state.message
-    assert run.naming(f"SIGKILL after {STOP_GRACE_SECONDS} s")
+    assert run.naming(f"after {STOP_GRACE_SECONDS} s SIGKILL")
+
+
+def test_time_limit(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(
+        image=image, command=["sh", "-c", "trap exit TERM; echo up; while :; do sleep 0.1; done"], time_limit=2
+    )
+    assert run.state.is_failed()
+    assert "was stopped at its time limit of 2 s" in run.state.message
+    assert run.output("INFO") == "up"
+    run = flow_run(image=image, command="sleep 0", time_limit=60)
+    assert run.state.is_successful()
+
+
+@pytest.mark.parametrize("time_limit", [0, -1, "1h", True])
+def test_time_limit_that_is_none(flow_run: FlowRun, image: str, time_limit: object) -> None:
+    run = flow_run(image=image, command="sleep 300", time_limit=time_limit)
+    assert run.state.is_failed()
+    assert f"time_limit is {time_limit!r}; give a number of seconds" in run.state.message
 
 
 def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str) -> None:
@@ -252,17 +270,7 @@ def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.D
 def test_private_registry(
     flow_run: FlowRun, daemon: docker.DockerClient, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    serve = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
-    private = start_registry(
-        daemon,
-        5056,
-        entrypoint=["sh", "-euc", f"echo '{USER_AND_PASSWORD}' >/htpasswd; {serve}"],
-        environment={
-            "REGISTRY_AUTH": "htpasswd",
-            "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
-            "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
-        },
-    )
+    private = start_registry(daemon, 5056, entrypoint=PASSWORD_SCRIPT, environment=PASSWORD_ENVIRONMENT)
     wait_for(
         lambda: "listening on" in private.container.logs().decode(), "the registry listens", private.container.logs
     )
@@ -270,7 +278,7 @@ def test_private_registry(
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     run = flow_run(image=f"{private.address}/busybox:1", command="true")
     assert run.state.is_failed()
-    assert "no basic auth credentials" in run.state.message
+    assert "no basic auth credentials (if it is a private image: `docker login`" in run.state.message
     assert not run.naming("retry")
 
     auth = base64.b64encode(b"user:password").decode()

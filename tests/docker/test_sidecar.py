@@ -27,9 +27,16 @@ NESTED = "tcp://localhost:23750"
 class Pod:
     """Two containers with a network and a gate in common."""
 
-    def __init__(self, daemon: docker.DockerClient, gate: str) -> None:
-        self.daemon, self.gate = daemon, gate
+    def __init__(self, daemon: docker.DockerClient, store: str = "") -> None:
+        self.daemon = daemon
+        self.gate = daemon.volumes.create(labels=LABELS).name
+        self.store = {store: {"bind": "/var/lib/docker"}} if store else {}
         self.containers: list[Container] = []
+
+    def remove(self) -> None:
+        for container in reversed(self.containers):
+            container.remove(force=True, v=True)
+        self.daemon.volumes.get(self.gate).remove()
 
     def _start(
         self, image: str, script: list[str], edits: dict[str, str], files: dict[str, str], **options: Any
@@ -37,9 +44,8 @@ class Pod:
         for old, new in edits.items():
             assert any(old in line for line in script), f"{old!r} is no longer in the template"
             script = [line.replace(old, new) for line in script]
-        container = self.daemon.containers.create(
-            image, entrypoint=script, labels=LABELS, volumes={self.gate: {"bind": "/gate"}}, **options
-        )
+        volumes = {self.gate: {"bind": "/gate"}, **(self.store if options.get("privileged") else {})}
+        container = self.daemon.containers.create(image, entrypoint=script, labels=LABELS, volumes=volumes, **options)
         self.containers.append(container)
         for path, content in files.items():
             container.put_archive("/", _tar({path: content.encode()}))
@@ -81,12 +87,9 @@ def end(container: Container, within: float) -> tuple[int, str]:
 
 @pytest.fixture
 def pod(daemon: docker.DockerClient) -> Iterator[Pod]:
-    gate = daemon.volumes.create(f"gate-{uuid.uuid4().hex[:8]}", labels=LABELS)
-    found = Pod(daemon, gate.name)
+    found = Pod(daemon)
     yield found
-    for container in reversed(found.containers):
-        container.remove(force=True, v=True)
-    gate.remove()
+    found.remove()
 
 
 def test_flow_starts_with_a_ready_daemon_and_ends_it(pod: Pod) -> None:
@@ -128,11 +131,13 @@ def test_sigint_reaches_the_flow(pod: Pod) -> None:
 
 
 def test_sigterm_to_the_sidecar_while_the_flow_runs(pod: Pod) -> None:
-    sidecar = pod.sidecar(edits={"sleep 20": "sleep 1"})
+    sidecar = pod.sidecar()
     flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
     wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
     sidecar.kill("SIGTERM")
-    assert "dind-daemon: SIGTERM, the flow has 20 s to end" in end(sidecar, 15)[1]
+    code, output = end(sidecar, 15)
+    assert code == 143
+    assert "dind-daemon: SIGTERM" in output
 
 
 def test_sigterm_to_the_sidecar_before_the_flow_comes(pod: Pod) -> None:
@@ -159,16 +164,19 @@ def test_daemon_that_cannot_start(pod: Pod) -> None:
     sidecar = pod.sidecar(files={"config/daemon.json": '{"mtu": '})
     code, output = end(pod.flow("true", beside=sidecar), 30)
     assert code == 1
-    assert output.startswith("flow-container: the Docker daemon did not start:\ndockerd ended before it answered\n")
+    assert output.startswith("flow-container: the Docker daemon did not start:\ndockerd does not answer\n")
     assert "unable to configure the Docker daemon with file /config/daemon.json" in output
     assert end(sidecar, 10)[0] == 1
 
 
 def test_daemon_that_never_answers(pod: Pod) -> None:
-    sidecar = pod.sidecar(edits={"-le 200": "-le 3", 'dockerd-entrypoint.sh "$@"': "sleep 300"})
+    hangs = "mkdir -p /var/run; sleep 300 & echo $! >/var/run/docker.pid; mkdir -p $data; wait $!"
+    sidecar = pod.sidecar(
+        edits={"-le 200": "-le 3", 'dockerd-entrypoint.sh "$@"': f"sh -c 'data=/var/lib/docker/0; {hangs}'"}
+    )
     code, output = end(pod.flow("true", beside=sidecar), 30)
     assert code == 1
-    assert "dockerd did not answer within 60 s" in output
+    assert "dockerd does not answer" in output
     assert end(sidecar, 10)[0] == 1
 
 
@@ -205,6 +213,80 @@ def test_port_is_closed_to_other_pods(pod: Pod) -> None:
     ask = ["docker", "--host", f"tcp://{address}:2375", "version"]
     with pytest.raises(docker.errors.ContainerError, match="Cannot connect to the Docker daemon"):
         pod.daemon.containers.run(SIDECAR["image"], ask, entrypoint=[], remove=True, labels=LABELS)
+
+
+@pytest.fixture
+def new_pod(daemon: docker.DockerClient) -> Iterator[Callable[[], Pod]]:
+    """Pods with node storage in common, here a volume."""
+    store = daemon.volumes.create(labels=LABELS)
+    pods: list[Pod] = []
+
+    def create() -> Pod:
+        pods.append(Pod(daemon, store.name))
+        return pods[-1]
+
+    yield create
+    for pod in pods:
+        pod.remove()
+    store.remove()
+
+
+def ready(sidecar: Container) -> Container:
+    wait_for(lambda: sidecar.exec_run(["test", "-p", "/gate/flow"]).exit_code == 0, "the gate opens", sidecar.logs)
+    return sidecar
+
+
+def sh(container: Container, command: str) -> str:
+    code, output = container.exec_run(["sh", "-euc", command])
+    assert code == 0, output.decode()
+    return str(output.decode().strip())
+
+
+KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale kept:1 true"
+
+
+def test_layers_outlive_the_pod_and_its_sudden_death(new_pod: Callable[[], Pod]) -> None:
+    first = ready(new_pod().sidecar())
+    sh(first, KEEP)
+    first.kill("SIGKILL")
+    second = ready(new_pod().sidecar())
+    assert sh(second, "docker image ls --quiet kept:1")
+    assert sh(second, "docker ps --all --quiet") == "", "what the predecessor left is gone"
+    assert sh(second, "ls /var/lib/docker") == "0\n0.lock"
+
+
+def test_two_pods_at_once_have_a_slot_each(new_pod: Callable[[], Pod]) -> None:
+    first, second = ready(new_pod().sidecar()), ready(new_pod().sidecar())
+    roots = [sh(sidecar, "docker info --format '{{.DockerRootDir}}'") for sidecar in (first, second)]
+    assert roots == ["/var/lib/docker/0", "/var/lib/docker/1"]
+    first.kill("SIGKILL")
+    assert sh(ready(new_pod().sidecar()), "docker info --format '{{.DockerRootDir}}'") == "/var/lib/docker/0"
+
+
+def test_a_broken_slot_is_set_aside(new_pod: Callable[[], Pod]) -> None:
+    first = ready(new_pod().sidecar())
+    sh(first, "echo broken >/var/lib/docker/0/image/overlay2/repositories.json")
+    first.kill("SIGKILL")
+    second = ready(new_pod().sidecar())
+    assert b"dind-daemon: slot 0 was broken, and is set aside as /var/lib/docker/0.broken" in second.logs()
+    assert sh(second, "ls /var/lib/docker") == "0\n0.broken\n0.lock"
+
+
+def test_a_bad_configuration_breaks_no_slot(new_pod: Callable[[], Pod]) -> None:
+    first = ready(new_pod().sidecar())
+    sh(first, KEEP)
+    first.kill("SIGKILL")
+    assert end(new_pod().sidecar(files={"config/daemon.json": '{"mtu": '}), 30)[0] == 1
+    assert sh(ready(new_pod().sidecar()), "docker image ls --quiet kept:1")
+
+
+def test_a_full_slot_loses_its_oldest_images(new_pod: Callable[[], Pod]) -> None:
+    first = ready(new_pod().sidecar())
+    big = "dd if=/dev/urandom of=/big bs=1M count=20 2>/dev/null; tar -C / -c big | docker import - {}:1; sleep 1; "
+    sh(first, big.format("old") + big.format("new"))
+    first.kill("SIGKILL")
+    second = ready(new_pod().sidecar(edits={"-gt 20480": "-gt 30"}))
+    assert sh(second, "docker image ls --format '{{.Repository}}'") == "new"
 
 
 @pytest.fixture

@@ -145,7 +145,7 @@ def test_cancelled_from_the_api(submit: Submit, api: PrefectAPI) -> None:
     api.cancel(run.record.id)
     run.reaches("Cancelled", timeout=30)
     run.job_ends(30)
-    run.logged("interrupted; stopping it")
+    run.logged("stopping it (SIGTERM")
 
 
 def test_job_deleted_in_mid_run(submit: Submit, namespace: Namespace) -> None:

@@ -31,7 +31,7 @@ TASKS = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 
 def test_tasks_and_parameters(flow: Flow) -> None:
     assert flow.name == "Docker sidecar example"
-    assert sorted(task.name for task in flow.tasks) == sorted([*TASKS, "image", "command", "environment"])
+    assert sorted(task.name for task in flow.tasks) == sorted([*TASKS, "image", "command", "environment", "time_limit"])
     for name in TASKS:
         (task,) = flow.get_tasks(name)
         assert type(task) is getattr(tasks, name)
@@ -43,6 +43,7 @@ def test_tasks_and_parameters(flow: Flow) -> None:
         "image": ("prefecthq/prefect:1.4.1", False),
         "command": ('''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''', False),
         "environment": (None, False),
+        "time_limit": (None, False),
     }
 
 
@@ -53,6 +54,7 @@ def test_edges(flow: Flow) -> None:
         ("image", "CreateContainer", "image_name"),
         ("command", "CreateContainer", "command"),
         ("environment", "CreateContainer", "environment"),
+        ("time_limit", "WaitOnContainer", "time_limit"),
         ("PullImage", "CreateContainer", None),
         ("CreateContainer", "StartContainer", "container_id"),
         ("CreateContainer", "WaitOnContainer", "container_id"),

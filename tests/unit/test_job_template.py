@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from kubernetes_validate.utils import all_versions
 from prefect import Flow
 from prefect.agent.kubernetes import KubernetesAgent
+from prefect.run_configs import KubernetesRun
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.graphql import GraphQLResult
 
@@ -30,30 +32,50 @@ def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 TEMPLATE = load_job_template("docker_sidecar")
+NATIVE = load_job_template("native_sidecar")
 SCRIPTS = [
     c for path in JOB_TEMPLATES.glob("*.yaml") for c in containers(load_job_template(path.stem)) if "command" in c
 ]
 
 
+Render = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 @pytest.fixture
-def job(flow: Flow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+def render(flow: Flow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Render:
     """The Job that the real Agent makes of a run of the flow; it talks to no cluster until it creates it."""
     monkeypatch.setattr("prefect.utilities.kubernetes.get_kubernetes_client", lambda *_, **__: None)
-    flow_run = {
-        "id": "run-1",
-        "run_config": flow.run_config.serialize(),
-        "flow": GraphQLResult(id="flow-1", core_version="1.4.1", storage=flow.storage.serialize()),
-    }
-    # no API key of a developer's, neither from the environment nor from a file: the Agent would have it checked
-    with set_temporary_config({"cloud.api_key": None, "home_dir": str(tmp_path)}):
-        return KubernetesAgent().generate_job_spec(GraphQLResult(copy.deepcopy(flow_run)))
+
+    def generate(template: dict[str, Any]) -> dict[str, Any]:
+        flow_run = {
+            "id": "run-1",
+            "run_config": KubernetesRun(job_template=copy.deepcopy(template)).serialize(),
+            "flow": GraphQLResult(id="flow-1", core_version="1.4.1", storage=flow.storage.serialize()),
+        }
+        # no API key of a developer's, neither from the environment nor from a file: the Agent would have it checked
+        with set_temporary_config({"cloud.api_key": None, "home_dir": str(tmp_path)}):
+            return KubernetesAgent().generate_job_spec(GraphQLResult(flow_run))
+
+    return generate
 
 
-@pytest.mark.parametrize("version", sorted({version.removesuffix("-strict") for version in all_versions()}))
+@pytest.fixture
+def job(flow: Flow, render: Render) -> dict[str, Any]:
+    return render(flow.run_config.job_template)
+
+
+VERSIONS = sorted({version.removesuffix("-strict") for version in all_versions()})
+
+
+def validate(job: dict[str, Any], version: str) -> None:
+    validated = kubernetes_validate.validate(json.loads(json.dumps(job)), version, strict=True)
+    assert version.startswith(f"{validated}.")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_valid_in_every_kubernetes_version(version: str, job: dict[str, Any]) -> None:
-    for candidate in (TEMPLATE, job):
-        validated = kubernetes_validate.validate(json.loads(json.dumps(candidate)), version, strict=True)
-        assert version.startswith(f"{validated}.")
+    validate(TEMPLATE, version)
+    validate(job, version)
 
 
 def test_the_agent_fills_in_the_first_container_alone(job: dict[str, Any]) -> None:
@@ -76,7 +98,7 @@ def test_what_the_recipe_says() -> None:
     assert [flow_container["name"], daemon["name"]] == ["flow-container", "dind-daemon"]
     assert {"name": "DOCKER_HOST", "value": "tcp://localhost:2375"} in flow_container["env"]
     assert {"name": "DOCKER_TLS_CERTDIR", "value": ""} in daemon["env"]
-    assert daemon["resources"] == {"requests": {"cpu": "20m", "memory": "512Mi"}}
+    assert daemon["resources"]["requests"] == {"cpu": "20m", "memory": "512Mi"}
     assert {"name": "docker-graph-store", "mountPath": "/var/lib/docker"} in daemon["volumeMounts"]
     assert {"name": "docker-graph-store", "emptyDir": {}} in pod["volumes"]
 
@@ -86,7 +108,16 @@ def test_what_the_recipe_lacks() -> None:
     assert TEMPLATE["spec"]["backoffLimit"] == 0
     assert re.fullmatch(r"docker:\d+\.\d+\.\d+-dind", daemon["image"])
     assert daemon["securityContext"] == {"privileged": True}
-    assert "securityContext" not in flow_container
+    assert flow_container["securityContext"] == {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    assert TEMPLATE["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
+    assert set(daemon["resources"]["limits"]) == {"memory", "ephemeral-storage"}
     for key in ("hostNetwork", "hostPID", "hostIPC", "securityContext"):
         assert key not in TEMPLATE["spec"]["template"]["spec"]
     assert re.findall(r"(?:--host|-H)[= ](\S+)", daemon["command"][2]) == ["tcp://127.0.0.1:2375"]
@@ -102,3 +133,45 @@ def test_shell_scripts(container: dict[str, Any]) -> None:
     command = [SHELLCHECK, "--shell=sh", f"--exclude={EXCLUDED[container['name']]}", "-"]
     result = subprocess.run(command, input=script, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_native_template_is_valid_from_1_29_on(version: str, render: Render) -> None:
+    """1.28 knows the field, too, but a cluster of it only if told to; so the template asks for 1.29."""
+    for candidate in (NATIVE, render(NATIVE)):
+        if int(version.split(".")[1]) >= 28:
+            validate(candidate, version)
+        else:
+            with pytest.raises(kubernetes_validate.ValidationError, match="'restartPolicy' was unexpected"):
+                validate(candidate, version)
+
+
+def test_the_agent_keeps_the_native_sidecar(render: Render) -> None:
+    pod = render(NATIVE)["spec"]["template"]["spec"]
+    assert pod["initContainers"] == NATIVE["spec"]["template"]["spec"]["initContainers"]
+    assert [container["name"] for container in pod["containers"]] == ["flow-container"]
+    assert pod["containers"][0]["args"] == ["prefect", "execute", "flow-run"]
+
+
+def test_the_templates_do_not_drift_apart() -> None:
+    """But for the gate, and what takes its place, they are the same."""
+    ours, native = (copy.deepcopy(job["spec"]["template"]["spec"]) for job in (TEMPLATE, NATIVE))
+    (flow_container, daemon), (native_flow_container,) = ours.pop("containers"), native.pop("containers")
+    (native_daemon,) = native.pop("initContainers")
+
+    gate = {"name": "gate", "mountPath": "/gate"}
+    ours["volumes"].remove({"name": "gate", "emptyDir": {}})
+    for container in (flow_container, daemon):
+        container["volumeMounts"].remove(gate)
+        del container["command"]
+    for key, value in {"restartPolicy": "Always", "args": ["dockerd", "--host=tcp://127.0.0.1:2375"]}.items():
+        assert native_daemon.pop(key) == value
+    del native_daemon["startupProbe"]
+    for mount in (*daemon["volumeMounts"], *native_daemon["volumeMounts"]):
+        if mount["name"] == "daemon-config":
+            del mount["mountPath"]  # dockerd finds it at /etc/docker by itself, a script has to look first
+
+    assert (flow_container, daemon, ours) == (native_flow_container, native_daemon, native)
+    assert {k: v for k, v in TEMPLATE["spec"].items() if k != "template"} == {
+        k: v for k, v in NATIVE["spec"].items() if k != "template"
+    }

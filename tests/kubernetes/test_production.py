@@ -1,0 +1,137 @@
+"""What a sidecar needs to be left running: layers that stay, private images, few rights, limits."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import docker
+import pytest
+
+from flows.settings import load_job_template
+from scripts import cluster
+from tests.conftest import LABELS, PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT, PREFECT
+from tests.kubernetes.conftest import Namespace, Run
+from tests.kubernetes.test_cluster import FOREVER
+
+Submit = Callable[..., Run]
+
+
+def volume(template: dict[str, Any], name: str) -> dict[str, Any]:
+    [found] = [v for v in template["spec"]["template"]["spec"]["volumes"] if v["name"] == name]
+    return found  # type: ignore[no-any-return]
+
+
+def on_node_storage() -> dict[str, Any]:
+    """The template with the edit that it proposes for layers that outlive the pod."""
+    template = load_job_template("docker_sidecar")
+    store = volume(template, "docker-graph-store")
+    del store["emptyDir"]
+    store["hostPath"] = {"path": f"/var/lib/docker-sidecar-{uuid.uuid4().hex[:8]}", "type": "DirectoryOrCreate"}
+    return template
+
+
+def pull_seconds(run: Run) -> float:
+    run.logged(f"image for {PREFECT}")
+    [line] = re.findall(rf"image .*{PREFECT} \(.*?([0-9.]+) s\)|up to date for {PREFECT} \(([0-9.]+) s\)", run.logs())
+    return float("".join(line))
+
+
+def test_the_second_run_on_a_node_pulls_nothing(
+    submit: Submit, namespace: Namespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    template, pulls, spans = on_node_storage(), [], []
+    for _ in range(2):
+        run = submit(template, image=PREFECT, command="true")
+        assert run.reaches("Success", "Failed").state == "Success", run.seen()
+        ended, at = run.job_ends()
+        spans.append((at - namespace.jobs[run.record.id][0][2].metadata.creation_timestamp).total_seconds())
+        pulls.append(pull_seconds(run))
+    with capsys.disabled():
+        print(
+            f"\ncold: pull {pulls[0]:.1f} s, Job {spans[0]:.1f} s; warm: pull {pulls[1]:.1f} s, Job {spans[1]:.1f} s "
+            f"({spans[1] / spans[0]:.0%})"
+        )
+    assert pulls[1] < 1
+    assert spans[1] < 0.4 * spans[0]
+
+
+def test_two_runs_at_once_use_two_slots(submit: Submit, namespace: Namespace) -> None:
+    template = on_node_storage()
+    runs = [submit(template, command=FOREVER) for _ in range(2)]
+    pods = [run.container_writes("up") for run in runs]
+    ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
+    roots = {namespace.execute(pod, "dind-daemon", *ask).strip() for pod in pods}
+    assert roots == {"/var/lib/docker/0", "/var/lib/docker/1"}
+
+
+def test_the_flow_has_few_rights(submit: Submit, namespace: Namespace) -> None:
+    run = submit(command=FOREVER)
+    pod = run.container_writes("up")
+    status = namespace.execute(
+        pod, "flow-container", "sh", "-c", "cat /proc/1/status; touch /here; ls /var/run/secrets"
+    )
+    assert re.search(r"^Uid:\s+1000\s", status, re.MULTILINE)
+    assert re.search(r"^CapEff:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^CapBnd:\s+0+$", status, re.MULTILINE)
+    assert re.search(r"^NoNewPrivs:\s+1$", status, re.MULTILINE)
+    assert re.search(r"^Seccomp:\s+2$", status, re.MULTILINE)
+    assert "Read-only file system" in status
+    assert "kubernetes.io" not in status, "no token of a service account"
+
+
+def test_a_hungry_container_takes_its_pod_not_the_node(submit: Submit, namespace: Namespace) -> None:
+    template = load_job_template("docker_sidecar")
+    template["spec"]["template"]["spec"]["containers"][1]["resources"]["limits"]["memory"] = "512Mi"
+    run = submit(template, command=["sh", "-c", "x=eight888; while :; do x=$x$x; done"])
+    run.reaches("Failed")
+    run.job_ends()
+    assert submit(command="echo the node is well").reaches("Success", "Failed").state == "Success"
+
+
+@pytest.fixture
+def private_image(engine: docker.DockerClient, small_image: str) -> Iterator[str]:
+    """The small image in a registry that asks for a password."""
+    container = engine.containers.run(
+        "registry:2",
+        detach=True,
+        labels=LABELS,
+        entrypoint=PASSWORD_SCRIPT,
+        environment=PASSWORD_ENVIRONMENT,
+        network=cluster.NETWORK,
+        volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}},
+    )
+    container.reload()
+    address = container.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
+    yield f"{address}:5000/busybox:1"
+    container.remove(force=True)
+
+
+def test_private_image(submit: Submit, namespace: Namespace, private_image: str) -> None:
+    registry, name = private_image.partition("/")[0], f"private-{uuid.uuid4().hex[:8]}"
+    template = load_job_template("docker_sidecar")
+    volume(template, "daemon-config")["configMap"]["name"] = name
+    volume(template, "registry-credentials")["secret"]["secretName"] = name
+    configuration = json.dumps({"insecure-registries": [registry]})
+    namespace.core.create_namespaced_config_map(
+        namespace.name, {"metadata": {"name": name}, "data": {"daemon.json": configuration}}
+    )
+    record = submit(template, image=private_image, command="true").reaches("Failed", "Success")
+    assert "a Secret named docker-sidecar of type kubernetes.io/dockerconfigjson" in record.message
+
+    auth = base64.b64encode(b"user:password").decode()
+    namespace.core.create_namespaced_secret(
+        namespace.name,
+        {
+            "metadata": {"name": name},
+            "type": "kubernetes.io/dockerconfigjson",
+            "stringData": {".dockerconfigjson": json.dumps({"auths": {registry: {"auth": auth}}})},
+        },
+    )
+    run = submit(template, image=private_image, command="echo let in")
+    assert run.reaches("Failed", "Success").state == "Success", run.seen()
+    run.logged("let in")
