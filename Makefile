@@ -1,6 +1,6 @@
 # Every habit is a target. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-kubernetes lint sidecar-up sidecar-down cluster-up cluster-down airgap lock clean
+.PHONY: help run test test-unit test-kubernetes lint docs sidecar-up sidecar-down cluster-up cluster-down airgap lock clean
 
 BIN := .venv/bin
 
@@ -17,15 +17,23 @@ test: lint ## lint, and all tests that this machine can run
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest; \
 	else echo 'The cluster tests are left out: `make airgap` enables them.'; $(BIN)/pytest tests/unit tests/docker; fi
 
+test-unit: .venv/ready ## the tests that need no Docker daemon
+	@$(BIN)/pytest tests/unit
+
 test-kubernetes: .venv/ready ## the tests on a kind cluster; without one they fail
 	@$(BIN)/pytest tests/kubernetes
 
-lint: .venv/ready ## ruff, mypy, yamllint, shellcheck, hadolint
+lint: .venv/ready ## ruff, mypy, yamllint, shellcheck, hadolint, zizmor, codespell
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy flows
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
 	@$(BIN)/hadolint Dockerfile
+	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
+	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*')
+
+docs: .venv/ready ## draw the pictures in docs/ (needs Graphviz)
+	@$(BIN)/python -m scripts.pictures
 
 sidecar-up: .venv/ready ## start the Docker daemon that `make run` uses, and keep it
 	@$(BIN)/python -m scripts.sidecar up
@@ -45,6 +53,6 @@ airgap: .venv/ready ## where Docker Hub is out of reach: build all images, Kuber
 lock: .venv/ready ## renew requirements.txt and requirements-dev.txt
 	@scripts/lock.sh
 
-clean: .venv/ready ## remove .venv, and the daemon's images and layers
+clean: .venv/ready ## remove .venv, and all that is kept for the next time
 	@$(BIN)/python -m scripts.sidecar clean
 	@rm -rf .venv

@@ -314,9 +314,12 @@ def running() -> Iterator[docker.DockerClient]:
 
 
 def clean() -> None:
-    """Stop what up() started, and remove its images as well."""
+    """Stop what up() started, and remove what is kept for the next time."""
     down()
-    shutil.rmtree(HOME, ignore_errors=True)
+    if engine := connect():
+        for volume in engine.volumes.list(filters={"name": f"{NAME}-"}):
+            volume.remove()
+    shutil.rmtree(CACHE, ignore_errors=True)
 
 
 if __name__ == "__main__":

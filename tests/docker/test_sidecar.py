@@ -169,6 +169,20 @@ def test_daemon_that_cannot_start(pod: Pod) -> None:
     assert end(sidecar, 10)[0] == 1
 
 
+def test_daemon_that_fails_after_it_has_mounted(pod: Pod) -> None:
+    sidecar = pod.sidecar(edits={"--data-root=": "--storage-driver=nonsense --data-root="})
+    code, output = end(pod.flow("true", beside=sidecar), 30)
+    assert code == 1
+    assert "driver not supported" in output
+    assert end(sidecar, 10)[0] == 1
+
+
+def test_sidecar_that_fails_by_itself(pod: Pod) -> None:
+    sidecar = pod.sidecar(edits={"mkfifo -m 666": "no-such-command"})
+    assert end(pod.flow("true", beside=sidecar), 30)[0] == 1
+    assert end(sidecar, 10)[0] != 0
+
+
 def test_daemon_that_never_answers(pod: Pod) -> None:
     hangs = "mkdir -p /var/run; sleep 300 & echo $! >/var/run/docker.pid; mkdir -p $data; wait $!"
     sidecar = pod.sidecar(

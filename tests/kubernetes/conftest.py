@@ -48,11 +48,20 @@ class Namespace:
     def __post_init__(self) -> None:
         self.core = kubernetes.client.CoreV1Api(self.api)
         self.batch = kubernetes.client.BatchV1Api(self.api)
-        threading.Thread(target=self._watch_jobs, daemon=True).start()
+        self._watch = kubernetes.watch.Watch()
+        self._watcher = threading.Thread(target=self._watch_jobs, daemon=True)
+        self._watcher.start()
+
+    def stop(self) -> None:
+        """Stop watching; a last Job wakes the watch up."""
+        self._watch.stop()
+        container = {"name": "none", "image": "none"}
+        spec = {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}}
+        self.batch.create_namespaced_job(self.name, {"metadata": {"name": "last"}, "spec": spec})
+        self._watcher.join()
 
     def _watch_jobs(self) -> None:
-        watch = kubernetes.watch.Watch()
-        for event in watch.stream(self.batch.list_namespaced_job, namespace=self.name):
+        for event in self._watch.stream(self.batch.list_namespaced_job, namespace=self.name):
             job = event["object"]
             run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
             self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
@@ -118,6 +127,7 @@ def namespace(engine: docker.DockerClient) -> Iterator[Namespace]:
     found.core.create_namespace({"metadata": {"name": found.name, "labels": labels}})
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
+    found.stop()
     found.core.delete_namespace(found.name)
     wait_for(
         lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
@@ -240,9 +250,9 @@ def submit(
     """Submit a run of the flow, on a job template of its own if need be."""
     runs: list[Run] = []
 
-    def create(template: dict[str, Any] | None = None, memory_limit: str | None = None, **parameters: Any) -> Run:
+    def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(job_template=template, memory_limit=memory_limit).serialize()
+        config = KubernetesRun(job_template=template, memory_request=memory, memory_limit=memory).serialize()
         run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
         runs.append(Run(namespace, api.flow_runs[run_id]))
         return runs[-1]

@@ -63,7 +63,7 @@ def test_from_register_to_a_finished_job(
         print("\n" + ", ".join(f"{name}: {span.total_seconds():.1f} s" for name, span in figures.items()))
     assert figures["finished → Job complete"].total_seconds() < 15
     run.wait(lambda: not namespace.pods(record.id), "the Agent has deleted the Job and its pod", 2 * HEARTBEAT)
-    assert namespace.jobs[record.id][-1][1] == "DELETED"
+    run.wait(lambda: namespace.jobs[record.id][-1][1] == "DELETED", "the Job is gone", 10)
 
 
 def test_another_image_and_command_without_registering_again(
@@ -105,7 +105,7 @@ def test_flow_process_killed(submit: Submit, namespace: Namespace) -> None:
 
 
 def test_flow_out_of_memory(submit: Submit) -> None:
-    run = submit(memory_limit="48Mi", command="true")
+    run = submit(memory="48Mi", command="true")
     assert run.job_ends(180)[0] == "Failed"
     run.reaches("Failed", timeout=2 * HEARTBEAT)
     run.logged("Reason: OOMKilled")

@@ -48,7 +48,7 @@ def test_the_second_run_on_a_node_pulls_nothing(
     for _ in range(2):
         run = submit(template, image=PREFECT, command="true")
         assert run.reaches("Success", "Failed").state == "Success", run.seen()
-        ended, at = run.job_ends()
+        _, at = run.job_ends()
         spans.append((at - namespace.jobs[run.record.id][0][2].metadata.creation_timestamp).total_seconds())
         pulls.append(pull_seconds(run))
     with capsys.disabled():
