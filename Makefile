@@ -1,6 +1,6 @@
 # Every habit is a target. `make` alone lists them.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-kubernetes lint docs sidecar-up sidecar-down cluster-up cluster-down airgap lock clean
+.PHONY: help run test test-unit test-kubernetes lint bench docs sidecar-up sidecar-down cluster-up cluster-down airgap preflight lock clean
 
 BIN := .venv/bin
 
@@ -32,6 +32,11 @@ lint: .venv/ready ## ruff, mypy, yamllint, shellcheck, hadolint, zizmor, codespe
 	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*')
 
+bench: .venv/ready ## measure what it costs, into docs/benchmarks.md (8 min; with a kind cluster, 12 more)
+	@$(BIN)/python -m scripts.bench
+	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest tests/kubernetes/bench_cluster.py; \
+	else echo 'The measurements on a cluster are left out: `make airgap` enables them.'; fi
+
 docs: .venv/ready ## draw the pictures in docs/ (needs Graphviz)
 	@$(BIN)/python -m scripts.pictures
 
@@ -49,6 +54,9 @@ cluster-down: .venv/ready ## delete it
 
 airgap: .venv/ready ## where Docker Hub is out of reach: build all images, Kubernetes too (about 6 min, once)
 	@$(BIN)/python -m scripts.cluster airgap
+
+preflight: .venv/ready ## is all there to register and run on Kubernetes? NAMESPACE=… PROJECT=… changes nothing
+	@$(BIN)/python -m scripts.preflight
 
 lock: .venv/ready ## renew requirements.txt and requirements-dev.txt
 	@scripts/lock.sh

@@ -140,7 +140,9 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             self._pull(docker.APIClient(base_url=docker_server_url, version="auto"), image, extra_docker_kwargs)
         except _Errors as error:
             message = f"Pulling {image}: {_words(error, docker_server_url)}"
-            final = isinstance(error, APIError) and (error.is_client_error() or _FINAL.search(message))
+            final = isinstance(error, APIError) and (
+                _FINAL.search(message) or (error.is_client_error() and error.status_code != 429)
+            )
             message += _REMEDY if _CREDENTIALS.search(message) else ""
             attempt = prefect.context.get("task_run_count", 1)
             if final or attempt > len(PULL_RETRY_SECONDS):

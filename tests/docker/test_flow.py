@@ -17,7 +17,7 @@ import pytest
 
 from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
-from tests.conftest import PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT
+from tests.conftest import LABELS, PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT, PREFECT
 from tests.docker.conftest import Outcome, Registry, start_registry
 from tests.support.waiting import wait_for
 
@@ -103,6 +103,22 @@ def test_registry_down_for_good(flow_run: FlowRun) -> None:
     assert run.state.is_failed()
     assert "connection refused" in run.state.message
     assert len(run.naming("connection refused")) == 4, "the first try and three more, a line each"
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_registry_overloaded(flow_run: FlowRun, daemon: docker.DockerClient, status: int) -> None:
+    answer = f"lambda self: (self.send_response({status}), self.end_headers())"
+    handler = f"type('Handler', (http.server.BaseHTTPRequestHandler,), {{'do_GET': {answer}, 'do_HEAD': {answer}}})"
+    script = f"import http.server; http.server.HTTPServer(('', 5000), {handler}).serve_forever()"
+    ports = {"5000/tcp": ("127.0.0.1", 5057)}
+    server = daemon.containers.run(PREFECT, ["python", "-uc", script], detach=True, labels=LABELS, ports=ports)
+    try:
+        run = flow_run(image="localhost:5057/busybox:1", command="true")
+        assert run.state.is_failed()
+        assert len(run.naming("Pulling localhost:5057/busybox:1: ")) == 4, "the first try and three more"
+        assert f'" {status} -' in server.logs().decode(), "it was asked"
+    finally:
+        server.remove(force=True)
 
 
 def test_blob_missing_in_the_registry(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +21,7 @@ import kubernetes.stream
 import kubernetes.utils
 import kubernetes.watch
 import pytest
+import urllib3
 import yaml
 from prefect.run_configs import KubernetesRun
 
@@ -48,23 +51,19 @@ class Namespace:
     def __post_init__(self) -> None:
         self.core = kubernetes.client.CoreV1Api(self.api)
         self.batch = kubernetes.client.BatchV1Api(self.api)
-        self._watch = kubernetes.watch.Watch()
-        self._watcher = threading.Thread(target=self._watch_jobs, daemon=True)
-        self._watcher.start()
-
-    def stop(self) -> None:
-        """Stop watching; a last Job wakes the watch up."""
-        self._watch.stop()
-        container = {"name": "none", "image": "none"}
-        spec = {"template": {"spec": {"restartPolicy": "Never", "containers": [container]}}}
-        self.batch.create_namespaced_job(self.name, {"metadata": {"name": "last"}, "spec": spec})
-        self._watcher.join()
+        threading.Thread(target=self._watch_jobs, daemon=True).start()
 
     def _watch_jobs(self) -> None:
-        for event in self._watch.stream(self.batch.list_namespaced_job, namespace=self.name):
-            job = event["object"]
-            run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
-            self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
+        with suppress(urllib3.exceptions.HTTPError):  # the cluster is gone
+            for event in kubernetes.watch.Watch().stream(self.batch.list_namespaced_job, namespace=self.name):
+                job = event["object"]
+                run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
+                self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
+
+    def mirror(self) -> str:
+        """The URL of the daemons' mirror."""
+        found = self.core.read_namespaced_config_map(cluster.CONFIG_MAP, self.name).data["daemon.json"]
+        return str(json.loads(found)["registry-mirrors"][0])
 
     def pods(self, run_id: str) -> list[Any]:
         selector = f"prefect.io/flow_run_id={run_id}"
@@ -127,7 +126,6 @@ def namespace(engine: docker.DockerClient) -> Iterator[Namespace]:
     found.core.create_namespace({"metadata": {"name": found.name, "labels": labels}})
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
-    found.stop()
     found.core.delete_namespace(found.name)
     wait_for(
         lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],

@@ -1,0 +1,135 @@
+"""What a run costs on the cluster: `make bench` runs this if there can be a cluster, and `make test` does not."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.settings import PROJECT, load_job_template
+from scripts import bench
+from tests.conftest import PREFECT
+from tests.kubernetes.conftest import Namespace, Run
+from tests.kubernetes.test_production import on_node_storage
+from tests.support.waiting import wait_for
+
+Submit = Callable[..., Run]
+WATCHED = 90  # seconds, of a Job that never ends
+EVENTS = ("flow_container_started", "daemon_ready", "run_running", "image_pulled")
+EVENTS += ("container_finished", "run_finished", "job_complete")
+
+
+def events(run: Run, namespace: Namespace) -> dict[str, float | None]:
+    """When what happened, in seconds since the Job was created."""
+    created = namespace.jobs[run.record.id][0][0]
+    states = {state.state: state.timestamp for state in run.record.states}
+
+    def logged(pattern: str) -> datetime | None:
+        return next((log.timestamp for log in run.record.logs if re.search(pattern, str(log.message))), None)
+
+    ended = namespace.job_ended(run.record.id)
+    at = {
+        "run_running": states.get("Running"),
+        "image_pulled": logged("(Downloaded newer image|Image is up to date) for"),
+        "container_finished": logged("exited with code"),
+        "run_finished": states.get("Success") or states.get("Failed"),
+        "job_complete": ended[1] if ended else None,
+        **pod_events(run, namespace),
+    }
+    return {name: (at[name] - created).total_seconds() if at[name] else None for name in EVENTS}
+
+
+def pod_events(run: Run, namespace: Namespace) -> dict[str, datetime | None]:
+    """When the flow's container started, and when dockerd answered, if the Agent has not deleted the pod yet."""
+    pods = namespace.pods(run.record.id)
+    if not pods:
+        return {"flow_container_started": None, "daemon_ready": None}
+    [pod] = pods
+    [started] = [s.state for s in pod.status.container_statuses if s.name == "flow-container"]
+    log = namespace.core.read_namespaced_pod_log(pod.metadata.name, namespace.name, container="dind-daemon")
+    ready = re.search(r'time="([^"]+)" .*API listen on .*2375', log)
+    at = datetime.fromisoformat(ready[1][:26]).replace(tzinfo=timezone.utc) if ready else None
+    return {"flow_container_started": (started.terminated or started.running).started_at, "daemon_ready": at}
+
+
+def floor(namespace: Namespace) -> float:
+    """Seconds that a bare pod takes with the same two images: no Agent, no flow, no gate."""
+    pod = load_job_template("docker_sidecar")["spec"]["template"]["spec"]
+    _, daemon = pod["containers"]
+    del daemon["command"]
+    daemon["args"] = ["dockerd", "--host=tcp://127.0.0.1:2375", "--config-file=/config/daemon.json"]
+    script = (
+        f"until docker version; do sleep 0.1; done >/dev/null 2>&1; docker pull -q {PREFECT}; docker run {PREFECT} true"
+    )
+    client = {"name": "client", "image": daemon["image"], "command": ["sh", "-ec", script], "env": daemon["env"]}
+    spec = {**pod, "containers": [client, daemon]}
+    started = time.monotonic()
+    name = namespace.core.create_namespaced_pod(
+        namespace.name, {"metadata": {"generateName": "floor-"}, "spec": spec}
+    ).metadata.name
+
+    def ended() -> Any:
+        found = namespace.core.read_namespaced_pod(name, namespace.name)
+        statuses = [s.state.terminated for s in found.status.container_statuses or [] if s.name == "client"]
+        return statuses[0] if statuses else None
+
+    terminated = wait_for(ended, "the container is run", namespace.report, 120)
+    spent = time.monotonic() - started
+    namespace.core.delete_namespaced_pod(name, namespace.name, grace_period_seconds=0)
+    assert terminated.exit_code == 0
+    return spent
+
+
+def complete(run: Run, namespace: Namespace, name: str) -> dict[str, Any]:
+    assert run.reaches("Success", "Failed").state == "Success", run.seen()
+    run.job_ends()
+    run.logged("exited with code")
+    return {"name": name, "outcome": run.record.state, "watched": WATCHED, **events(run, namespace)}
+
+
+@pytest.mark.timeout(1200)
+def test_one_run(submit: Submit, namespace: Namespace) -> None:
+    """Cold, warm and the floor in turn; then the published template, which never ends."""
+    spans: dict[str, list[float]] = {"floor": [], "cold": [], "warm": []}
+    kept: dict[str, dict[str, Any]] = {}
+    for _ in range(3):
+        template = on_node_storage()
+        spans["floor"].append(floor(namespace))
+        for name in ("cold", "warm"):
+            kept[name] = complete(submit(template, image=PREFECT, command="true"), namespace, name)
+            spans[name].append(kept[name]["job_complete"])
+    template = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
+    registry = namespace.mirror().partition("://")[2]
+    daemon = template["spec"]["template"]["spec"]["containers"][1]
+    daemon["args"] = [f"--insecure-registry={registry}", f"--registry-mirror=http://{registry}"]
+    run = submit(template, image=PREFECT, command="true")
+    run.reaches("Success", "Failed")
+    run.logged("exited with code")
+    created = time.monotonic()
+    wait_for(lambda: time.monotonic() - created > WATCHED / 2, "it has been watched", run.seen, WATCHED)
+    published = {"name": "published", "outcome": "Success, and the Job never ends", "watched": WATCHED}
+    bench.add(runs=[{**published, **events(run, namespace)}, kept["cold"], kept["warm"]], spans=spans)
+
+
+@pytest.mark.timeout(1200)
+def test_many_runs_at_once(submit: Submit, namespace: Namespace) -> None:
+    rows = []
+    for count in (1, 5, 10, 20):
+        started = time.monotonic()
+        runs = [submit(command="true") for _ in range(count)]
+        for run in runs:
+            run.reaches("Success", timeout=600)
+            run.job_ends(600)
+        spent = time.monotonic() - started
+        for run in runs:
+            run.wait(lambda run=run: not namespace.pods(run.record.id), "the pod is gone", 150)
+        left = sum(len(namespace.pods(run.record.id)) for run in runs)
+        rows.append({"runs": count, "seconds": spent, "left": left})
+    bench.add(many=rows)
+    (PROJECT / "docs" / "benchmarks.md").write_text(bench.report())
