@@ -36,9 +36,9 @@ def on_node_storage() -> dict[str, Any]:
 
 
 def pull_seconds(run: Run) -> float:
-    run.logged(f"image for {PREFECT}")
-    [line] = re.findall(rf"image .*{PREFECT} \(.*?([0-9.]+) s\)|up to date for {PREFECT} \(([0-9.]+) s\)", run.logs())
-    return float("".join(line))
+    run.logged(f"for {PREFECT} (")  # Downloaded newer image for, Image is up to date for
+    [found] = re.findall(rf"for {PREFECT} \((?:.*, )?([0-9.]+) s\)", run.logs())
+    return float(found)
 
 
 def test_the_second_run_on_a_node_pulls_nothing(
