@@ -186,7 +186,8 @@ def possible() -> None:
 
 if __name__ == "__main__":
     try:
-        {"up": up, "down": down, "airgap": airgap, "possible": possible}[sys.argv[1]]()
+        with sidecar.all_or_nothing():
+            {"up": up, "down": down, "airgap": airgap, "possible": possible}[sys.argv[1]]()
     except SidecarError as error:
         sys.exit(f"cluster: {error}")
     except subprocess.CalledProcessError as error:

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import psutil
 import requests
 from docker.errors import DockerException, NotFound
 from docker.models.containers import Container
+from docker.models.networks import Network
 
 from flows.settings import PROJECT, load_job_template
 from tests.airgap import images
@@ -134,8 +135,10 @@ def _run_in_container(engine: docker.DockerClient, online: bool) -> docker.Docke
     say(f"starting {image} in a container of the Docker engine {engine.version()['Version']}")
     if online:
         engine.images.pull(image)
+    for stale in [thing for thing in _ours() if thing.name == NAME]:  # of a run that was killed
+        _remove(stale)
     # a network of its own, so that no other container can reach the port; only it is published, on loopback
-    network = engine.networks.create(NAME, labels=LABELS, check_duplicate=True)
+    network = engine.networks.create(NAME, labels=LABELS)
     mirror = [] if online else [f"--registry-mirror={start_registry(engine, online, network.name)}"]
     container = engine.containers.run(
         image,
@@ -267,14 +270,11 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = STAR
         time.sleep(0.1)
 
 
-def down() -> None:
-    """Stop what up() started. Images stay, for the next time."""
-    engine = connect(DAEMON) if _pid() else connect()
-    if engine:
-        for container in engine.containers.list(all=True, filters=OURS):
-            container.remove(force=True)
-        for network in engine.networks.list(filters=OURS):
-            network.remove()
+def down(keep: Collection[str] = ()) -> None:
+    """Stop what up() started, but for containers and networks of these ids. Images stay, for the next time."""
+    for thing in _ours():
+        if thing.id not in keep:
+            _remove(thing)
     if pid := _pid():
         os.kill(pid, signal.SIGTERM)
         psutil.wait_procs([psutil.Process(pid)], timeout=START_SECONDS)
@@ -284,6 +284,22 @@ def down() -> None:
             if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one
                 subprocess.run(["umount", mount.mountpoint], check=True)
         say("dockerd has ended")
+
+
+def _ours() -> list[Container | Network]:
+    """The containers and networks that were started here, on the engine that they are on."""
+    engine = connect(DAEMON) if _pid() else connect()
+    return [*engine.containers.list(all=True, filters=OURS), *engine.networks.list(filters=OURS)] if engine else []
+
+
+def _remove(thing: Container | Network) -> None:
+    if isinstance(thing, Container):
+        thing.remove(force=True)
+        return
+    thing.reload()
+    for container in thing.containers:
+        thing.disconnect(container, force=True)
+    thing.remove()
 
 
 def _pid() -> int | None:
@@ -305,12 +321,24 @@ def running() -> Iterator[docker.DockerClient]:
         except OSError:
             say("waiting for another `make run` or `make test` to end")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        found = connect(DAEMON)
+        found, keep = connect(DAEMON), [thing.id for thing in _ours()]
         try:
             yield up()
         finally:
             if not found:
-                down()
+                down(keep)
+
+
+@contextmanager
+def all_or_nothing() -> Iterator[None]:
+    """If the block fails, what it has started ends, and what was there before stays."""
+    found, keep = connect(DAEMON), [thing.id for thing in _ours()]
+    try:
+        yield
+    except BaseException:
+        if not found:
+            down(keep)
+        raise
 
 
 def clean() -> None:
@@ -324,6 +352,7 @@ def clean() -> None:
 
 if __name__ == "__main__":
     try:
-        {"up": up, "down": down, "clean": clean}[sys.argv[1]]()
+        with all_or_nothing():
+            {"up": up, "down": down, "clean": clean}[sys.argv[1]]()
     except SidecarError as error:
         sys.exit(f"sidecar: {error}")

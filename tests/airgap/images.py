@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -97,6 +98,11 @@ def build_base(client: docker.DockerClient) -> None:
     inputs = hashlib.sha256(repr(bootstrap).encode()).hexdigest()
     if _inputs_of(client, BASE) == inputs:
         return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SystemExit(
+            "images.py: Docker Hub cannot be reached, and what stands in for its images is built on Debian, as root. "
+            "Run this there, or give Docker a mirror (registry-mirrors in daemon.json) and start a daemon yourself"
+        )
     _check_space(client)
     if shutil.which("mmdebstrap") is None:
         say("installing mmdebstrap with apt-get")
