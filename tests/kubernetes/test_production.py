@@ -44,20 +44,20 @@ def pull_seconds(run: Run) -> float:
 def test_the_second_run_on_a_node_pulls_nothing(
     submit: Submit, namespace: Namespace, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    template, pulls, spans = on_node_storage(), [], []
+    template, pulls, spans, outcomes = on_node_storage(), [], [], []
     for _ in range(2):
         run = submit(template, image=PREFECT, command="true")
         assert run.reaches("Success", "Failed").state == "Success", run.seen()
         _, at = run.job_ends()
         spans.append((at - namespace.jobs[run.record.id][0][2].metadata.creation_timestamp).total_seconds())
         pulls.append(pull_seconds(run))
+        outcomes += re.findall("Downloaded newer image|Image is up to date", run.logs())
     with capsys.disabled():
         print(
             f"\ncold: pull {pulls[0]:.1f} s, Job {spans[0]:.1f} s; warm: pull {pulls[1]:.1f} s, Job {spans[1]:.1f} s "
             f"({spans[1] / spans[0]:.0%})"
         )
-    assert pulls[1] < 1
-    assert spans[1] < 0.4 * spans[0]
+    assert outcomes == ["Downloaded newer image", "Image is up to date"]
 
 
 def test_two_runs_at_once_use_two_slots(submit: Submit, namespace: Namespace) -> None:
