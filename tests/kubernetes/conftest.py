@@ -259,4 +259,5 @@ def submit(
     for run in runs:
         for pod in namespace.pods(run.record.id):
             job = pod.metadata.labels["job-name"]
-            namespace.batch.delete_namespaced_job(job, namespace.name, propagation_policy="Background")
+            with suppress(kubernetes.client.ApiException):  # the Agent, or the test, has deleted it meanwhile
+                namespace.batch.delete_namespaced_job(job, namespace.name, propagation_policy="Background")

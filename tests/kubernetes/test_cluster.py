@@ -153,7 +153,13 @@ def test_job_deleted_in_mid_run(submit: Submit, namespace: Namespace) -> None:
     run.container_writes("up")
     [*_, (_, _, job)] = namespace.jobs[run.record.id]
     namespace.batch.delete_namespaced_job(job.metadata.name, namespace.name, propagation_policy="Background")
-    run.wait(lambda: not namespace.pods(run.record.id), "the pod is gone", 15)
+
+    def ended() -> bool:
+        statuses = [status for pod in namespace.pods(run.record.id) for status in pod.status.container_statuses]
+        return all(status.state.terminated for status in statuses)
+
+    run.wait(ended, "nothing of the pod runs any more", 15)
+    run.wait(lambda: not namespace.pods(run.record.id), "kubelet has unmounted its volumes, and it is gone", 60)
     assert "was stopped because the flow's process got SIGTERM" in run.reaches("Failed", timeout=5).message
 
 
