@@ -21,6 +21,7 @@ from tests.support.waiting import wait_for
 
 FLOW = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][0]
 ASK = "import docker; d = docker.from_env(); print(d.info()['OSType'], d.info()['Labels'])"
+NO_DAEMON = "flow-container: the Docker daemon did not start, dind-daemon says why\n"
 NESTED = "tcp://localhost:23750"
 
 
@@ -39,13 +40,21 @@ class Pod:
         self.daemon.volumes.get(self.gate).remove()
 
     def _start(
-        self, image: str, script: list[str], edits: dict[str, str], files: dict[str, str], **options: Any
+        self, image: str, spec: dict[str, Any], edits: dict[str, str], files: dict[str, str], **options: Any
     ) -> Container:
+        command, args = spec["command"], spec["args"]
         for old, new in edits.items():
-            assert any(old in line for line in script), f"{old!r} is no longer in the template"
-            script = [line.replace(old, new) for line in script]
-        volumes = {self.gate: {"bind": "/gate"}, **(self.store if options.get("privileged") else {})}
-        container = self.daemon.containers.create(image, entrypoint=script, labels=LABELS, volumes=volumes, **options)
+            assert any(old in word for word in command + args), f"{old!r} is no longer in the template"
+            command, args = ([word.replace(old, new) for word in words] for words in (command, args))
+        container = self.daemon.containers.create(
+            image,
+            args,
+            entrypoint=command,
+            environment={entry["name"]: entry["value"] for entry in spec["env"]},
+            labels=LABELS,
+            volumes={self.gate: {"bind": "/gate"}, **(self.store if options.get("privileged") else {})},
+            **options,
+        )
         self.containers.append(container)
         for path, content in files.items():
             container.put_archive("/", _tar({path: content.encode()}))
@@ -53,15 +62,11 @@ class Pod:
         return container
 
     def sidecar(self, edits: dict[str, str] | None = None, files: dict[str, str] | None = None) -> Container:
-        environment = {entry["name"]: entry["value"] for entry in SIDECAR["env"]}
-        options = {"privileged": True, "environment": environment}
-        return self._start(SIDECAR["image"], SIDECAR["command"], edits or {}, files or {}, **options)
+        return self._start(SIDECAR["image"], SIDECAR, edits or {}, files or {}, privileged=True)
 
     def flow(self, *command: str, beside: Container | None = None, edits: dict[str, str] | None = None) -> Container:
         network = {"network_mode": f"container:{beside.id}"} if beside else {}
-        environment = {entry["name"]: entry["value"] for entry in FLOW["env"]}
-        options = {"command": list(command), "environment": environment, **network}
-        return self._start(PREFECT, FLOW["command"], edits or {}, {}, **options)
+        return self._start(PREFECT, {**FLOW, "args": list(command)}, edits or {}, {}, **network)
 
 
 def _tar(files: dict[str, bytes]) -> bytes:
@@ -100,7 +105,7 @@ def test_flow_starts_with_a_ready_daemon_and_ends_it(pod: Pod) -> None:
     assert "linux" in output
     code, output = end(sidecar, 15)
     assert code == 0
-    assert "dind-daemon: the flow has ended" in output
+    assert "Daemon shutdown complete" in output
 
 
 def test_flow_killed_with_sigkill(pod: Pod) -> None:
@@ -132,11 +137,23 @@ def test_sigint_reaches_the_flow(pod: Pod) -> None:
 
 def test_sigterm_to_the_sidecar_while_the_flow_runs(pod: Pod) -> None:
     """In a pod the flow gets it at the same time, and stops its container, for which it needs the daemon."""
-    sidecar = pod.sidecar(edits={"sleep 10": "sleep 1"})
+    sidecar = pod.sidecar()
+    ask = "import docker; docker.from_env().ping(); print('answers')"
+    stop = f"""trap 'sleep 1; python -c "{ask}"; exit' TERM; echo up; while :; do sleep 0.1; done"""
+    flow = pod.flow("sh", "-c", stop, beside=sidecar)
+    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    for container in (sidecar, flow):
+        container.kill("SIGTERM")
+    assert "answers" in end(flow, 8)[1]
+    assert end(sidecar, 8)[0] == 143
+
+
+def test_sigterm_does_not_wait_for_ever_on_the_flow(pod: Pod) -> None:
+    sidecar = pod.sidecar(edits={"timeout 10": "timeout 1"})
     flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
     wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
     sidecar.kill("SIGTERM")
-    assert "dind-daemon: SIGTERM, the flow has 10 s to end" in end(sidecar, 15)[1]
+    assert end(sidecar, 8)[0] == 143
 
 
 def test_sigterm_to_the_sidecar_before_the_flow_comes(pod: Pod) -> None:
@@ -145,7 +162,7 @@ def test_sigterm_to_the_sidecar_before_the_flow_comes(pod: Pod) -> None:
     sidecar.kill("SIGTERM")
     code, output = end(sidecar, 15)
     assert code == 143
-    assert "dind-daemon: SIGTERM" in output
+    assert "Daemon shutdown complete" in output
 
 
 def test_no_flow(pod: Pod) -> None:
@@ -161,19 +178,19 @@ def test_no_sidecar(pod: Pod) -> None:
 
 def test_daemon_that_cannot_start(pod: Pod) -> None:
     sidecar = pod.sidecar(files={"config/daemon.json": '{"mtu": '})
-    code, output = end(pod.flow("true", beside=sidecar), 30)
+    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
+    code, output = end(sidecar, 10)
     assert code == 1
-    assert output.startswith("flow-container: the Docker daemon did not start:\ndockerd does not answer\n")
-    assert "unable to configure the Docker daemon with file /config/daemon.json" in output
-    assert end(sidecar, 10)[0] == 1
+    assert output.count("unable to configure the Docker daemon with file /config/daemon.json") == 1
+    assert output.endswith("dind-daemon: dockerd did not start\n")
 
 
 def test_daemon_that_fails_after_it_has_mounted(pod: Pod) -> None:
     sidecar = pod.sidecar(edits={"--data-root=": "--storage-driver=nonsense --data-root="})
-    code, output = end(pod.flow("true", beside=sidecar), 30)
+    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
+    code, output = end(sidecar, 10)
     assert code == 1
     assert "driver not supported" in output
-    assert end(sidecar, 10)[0] == 1
 
 
 def test_sidecar_that_fails_by_itself(pod: Pod) -> None:
@@ -183,14 +200,12 @@ def test_sidecar_that_fails_by_itself(pod: Pod) -> None:
 
 
 def test_daemon_that_never_answers(pod: Pod) -> None:
-    hangs = "mkdir -p /var/run; sleep 300 & echo $! >/var/run/docker.pid; mkdir -p $data; wait $!"
-    sidecar = pod.sidecar(
-        edits={"-le 200": "-le 3", 'dockerd-entrypoint.sh "$@"': f"sh -c 'data=/var/lib/docker/0; {hangs}'"}
-    )
-    code, output = end(pod.flow("true", beside=sidecar), 30)
+    hangs = "sh -c 'sleep 300 & echo $! >/var/run/docker.pid; wait $!'"
+    sidecar = pod.sidecar(edits={"-le 200": "-le 3", 'exec dockerd-entrypoint.sh "$@"': f"exec {hangs}"})
+    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
+    code, output = end(sidecar, 10)
     assert code == 1
-    assert "dockerd does not answer" in output
-    assert end(sidecar, 10)[0] == 1
+    assert "dind-daemon: dockerd does not answer within 60 s" in output
 
 
 def test_daemon_configuration_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:
@@ -211,21 +226,41 @@ def test_daemon_killed_while_the_flow_runs(pod: Pod) -> None:
     assert end(flow, 10)[0] == 1
     code, output = end(sidecar, 10)
     assert code == 1
-    assert "dind-daemon: dockerd had ended before" in output
+    assert "dind-daemon: dockerd has ended before the flow" in output
 
 
 def test_port_is_closed_to_other_pods(pod: Pod) -> None:
     sidecar = pod.sidecar()
     flow = pod.flow("sh", "-c", f'python -c "{ASK}"; sleep 300', beside=sidecar)
     wait_for(lambda: b"linux" in flow.logs(), "the flow reaches the daemon", flow.logs)
+    assert refuses_others(pod.daemon, sidecar)
+
+
+def refuses_others(daemon: docker.DockerClient, sidecar: Container) -> bool:
+    """Whether another container that wants to talk to the sidecar's daemon is refused."""
     sidecar.reload()
-    address = (
-        sidecar.attrs["NetworkSettings"]["IPAddress"]
-        or next(iter(sidecar.attrs["NetworkSettings"]["Networks"].values()))["IPAddress"]
+    [network] = sidecar.attrs["NetworkSettings"]["Networks"].values()
+    ask = ["docker", "--host", f"tcp://{network['IPAddress']}:2375", "version"]
+    with pytest.raises(docker.errors.ContainerError) as error:
+        daemon.containers.run(SIDECAR["image"], ask, entrypoint=[], remove=True, labels=LABELS)
+    return b"Cannot connect to the Docker daemon" in error.value.stderr
+
+
+def test_native_sidecar(daemon: docker.DockerClient) -> None:
+    """What Kubernetes 1.29 and newer do with it: start it, probe it, end it."""
+    [spec] = load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"]
+    environment = {entry["name"]: entry["value"] for entry in spec["env"]}
+    container = daemon.containers.run(
+        spec["image"], spec["args"], detach=True, environment=environment, labels=LABELS, privileged=True
     )
-    ask = ["docker", "--host", f"tcp://{address}:2375", "version"]
-    with pytest.raises(docker.errors.ContainerError, match="Cannot connect to the Docker daemon"):
-        pod.daemon.containers.run(SIDECAR["image"], ask, entrypoint=[], remove=True, labels=LABELS)
+    try:
+        probe, limit = spec["startupProbe"]["exec"]["command"], spec["startupProbe"]["failureThreshold"]
+        wait_for(lambda: container.exec_run(probe).exit_code == 0, "its probe succeeds", container.logs, limit)
+        assert refuses_others(daemon, container)
+        container.kill("SIGTERM")
+        assert end(container, 15)[0] == 0
+    finally:
+        container.remove(force=True, v=True)
 
 
 @pytest.fixture
@@ -281,7 +316,7 @@ def test_a_broken_slot_is_set_aside(new_pod: Callable[[], Pod]) -> None:
     sh(first, "echo broken >/var/lib/docker/0/image/overlay2/repositories.json")
     first.kill("SIGKILL")
     second = ready(new_pod().sidecar())
-    assert b"dind-daemon: slot 0 was broken, and is set aside as /var/lib/docker/0.broken" in second.logs()
+    assert b"dind-daemon: slot 0 is set aside as /var/lib/docker/0.broken" in second.logs()
     assert sh(second, "ls /var/lib/docker") == "0\n0.broken\n0.lock"
 
 
