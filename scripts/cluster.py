@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -159,14 +160,19 @@ def down() -> None:
     sidecar.down()
 
 
+@contextmanager
+def _engine() -> Iterator[docker.DockerClient]:
+    """The engine for as long as the block lasts, and no longer unless it was there before."""
+    with nullcontext() if sidecar.connect() else sidecar.running():
+        yield sidecar.engine()
+
+
 def airgap() -> None:
     """Build what a registry would have served: the images, and the node image."""
     if sidecar.hub_answers():
         say("Docker Hub answers: there is nothing to build")
         return
-    there = sidecar.connect()
-    with nullcontext(there) if there else sidecar.running():
-        engine = sidecar.engine()
+    with _engine() as engine:
         images.build(engine)
         script = PROJECT / "tests" / "airgap" / "node-image.sh"
         subprocess.run([script], env={**os.environ, "PYTHON": sys.executable}, check=True)
@@ -179,9 +185,8 @@ def possible() -> None:
     Raises:
         SidecarError: if not.
     """
-    there = sidecar.connect()
-    with nullcontext(there) if there else sidecar.running():
-        node_image(sidecar.engine(), sidecar.hub_answers())
+    with _engine() as engine:
+        node_image(engine, sidecar.hub_answers())
 
 
 if __name__ == "__main__":

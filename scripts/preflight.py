@@ -201,10 +201,11 @@ def rights(target: Target) -> str:
         if not ask(review, namespace, {"metadata": {"namespace": namespace}, "spec": spec}).status.allowed:
             missing.append(f"{verb} {resource}")
     if missing:
-        remedy = f"prefect agent kubernetes install --rbac --namespace {namespace} | kubectl apply -f -"
+        here = f"--namespace {namespace}"  # the Agent's Deployment names none itself
+        remedy = f"prefect agent kubernetes install --rbac {here} | kubectl apply {here} -f -"
         if account != "default":  # which is the only one that Prefect binds
             remedy += f" && kubectl create rolebinding prefect-agent-{account} --role=prefect-agent-rbac"
-            remedy += f" --serviceaccount={namespace}:{account} --namespace {namespace}"
+            remedy += f" --serviceaccount={namespace}:{account} {here}"
         raise Wrong(f"{user} may not {', '.join(missing)}", remedy)
     return f"{user} may {', '.join(map(' '.join, RIGHTS))}"
 
@@ -309,7 +310,7 @@ def begin_upload(session: requests.Session, url: str, name: str, login: dict[str
 def prefect_api(target: Target) -> str:
     """The Prefect API answers, and lets this user in."""
     url, backend = prefect.config.cloud.api, prefect.config.backend
-    choose = "prefect backend server and PREFECT__SERVER__ENDPOINT=http://HOST:4200, or prefect auth login --key KEY"
+    choose = "prefect backend server and PREFECT__CLOUD__API=http://HOST:4200, or prefect auth login --key KEY"
     try:
         target.prefect_api = client = prefect.Client()
         if backend == "cloud" and not client.api_key:

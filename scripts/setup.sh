@@ -18,7 +18,7 @@ fi
 echo "setup: .venv with $("$python" --version) and the locked packages (about 10 s)"
 if ! "$python" -c 'import ensurepip' 2>/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "setup: installing python3-venv with apt-get"
-  apt-get -qq update && apt-get -qq install --yes python3-venv >/dev/null
+  scripts/apt-install.sh python3-venv
 fi
 rm -rf .venv
 "$python" -m venv .venv

@@ -123,8 +123,8 @@ def up() -> docker.DockerClient:
         if not shutil.which("apt-get"):
             raise SidecarError(f"no Docker engine answers, and there is no dockerd to start.\n{WAYS}")
         say("installing dockerd from the Debian package docker.io (about 30 s)")
-        subprocess.run(["apt-get", "-qq", "update"], check=True)
-        subprocess.run(["apt-get", "-qq", "install", "--yes", "docker.io"], check=True, stdout=subprocess.DEVNULL)
+        if subprocess.run([PROJECT / "scripts" / "apt-install.sh", "docker.io"]).returncode != 0:
+            raise SidecarError(f"no Docker engine answers, and dockerd cannot be installed.\n{WAYS}")
         if engine := connect():  # with an init system, the package starts it
             return _run_in_container(engine, online)
     return _start_dockerd(online)

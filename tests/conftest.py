@@ -5,25 +5,19 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import docker
 import pytest
+from docker.models.containers import Container
 
 from flows.settings import load_job_template
 from scripts import sidecar
+from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
 os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
-
-# How to run registry:2 so that it asks for a password, which is the word "password".
-_USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
-_SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
-PASSWORD_SCRIPT = ["sh", "-euc", f"echo '{_USER}' >/htpasswd; {_SERVE}"]
-PASSWORD_ENVIRONMENT = {
-    "REGISTRY_AUTH": "htpasswd",
-    "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
-    "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
-}
 
 LABELS = {"docker-sidecar-on-kubernetes": "test"}
 PREFECT = "prefecthq/prefect:1.4.1"
@@ -32,6 +26,39 @@ SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["conta
 # it, whether it is the published one (Alpine) or the stand-in.
 BUSYBOX = "mkdir -p /t/bin /t/lib; cp /bin/busybox /t/bin/; cp /lib/ld-musl* /t/lib/; \
 busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c . | base64"
+
+
+# of a registry that asks for a password, which is the word "password"
+_USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
+_SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
+
+
+@contextmanager
+def private_registry(engine: docker.DockerClient, **options: Any) -> Iterator[Container]:
+    """A registry, in a container on the engine, that lets in only user, with the password "password"."""
+    container = engine.containers.run(
+        "registry:2",
+        detach=True,
+        labels=LABELS,
+        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {_SERVE}"],
+        environment={
+            "REGISTRY_AUTH": "htpasswd",
+            "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
+            "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
+        },
+        **options,
+    )
+    try:
+        wait_for(lambda: b"listening on" in container.logs(), "the registry listens", container.logs)
+        container.reload()
+        yield container
+    finally:
+        container.remove(force=True, v=True)
+
+
+def login(password: str = "password") -> dict[str, str]:
+    """The user's login, as Docker's config.json has it."""
+    return {"auth": base64.b64encode(f"user:{password}".encode()).decode()}
 
 
 @pytest.fixture(scope="session")

@@ -92,7 +92,7 @@ def build_base(client: docker.DockerClient) -> None:
     bootstrap += [f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")]
     if _CA_FOLDER.is_dir():  # else no build gets past a proxy that only this machine trusts
         bootstrap += [f"--customize-hook=copy-in {_CA_FOLDER} {_CA_FOLDER.parent}"]
-    bootstrap += ['--customize-hook=chroot "$1" update-ca-certificates >&2']
+    bootstrap += ['--customize-hook=chroot "$1" update-ca-certificates >/dev/null 2>&1']
     bootstrap += ['--customize-hook=rm -f "$1/etc/resolv.conf" "$1/etc/hostname"']
 
     inputs = hashlib.sha256(repr(bootstrap).encode()).hexdigest()
@@ -106,7 +106,8 @@ def build_base(client: docker.DockerClient) -> None:
     _check_space(client)
     if shutil.which("mmdebstrap") is None:
         say("installing mmdebstrap with apt-get")
-        subprocess.run(["apt-get", "-qq", "install", "--yes", "mmdebstrap"], check=True, stdout=sys.stderr)
+        if subprocess.run([ROOT / "scripts" / "apt-install.sh", "mmdebstrap"]).returncode != 0:
+            raise SystemExit("images.py: without mmdebstrap no stand-in can be built")
     say(f"{BASE}: bootstrapping Debian (about 30 s)")
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder, "base.tar")

@@ -38,7 +38,7 @@ for package in dpkg-dev golang-1.19-go make rsync; do
 done
 if [ ${#missing[@]} -gt 0 ]; then
     say "installing ${missing[*]} with apt-get"
-    apt-get -qq install --no-install-recommends --yes "${missing[@]}" >&2
+    "$here/../../scripts/apt-install.sh" --no-install-recommends "${missing[@]}"
 fi
 
 # the Go build cache in $work/gocache survives an interruption, the half-unpacked tree does not

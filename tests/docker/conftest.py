@@ -17,6 +17,8 @@ from scripts import run
 from tests.conftest import LABELS
 from tests.support.waiting import wait_for
 
+STORE = {"docker-sidecar-tests": {"bind": "/var/lib/registry"}}  # of the tests' registries
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
@@ -47,27 +49,17 @@ class Registry:
         return str(output.decode())
 
 
-def start_registry(daemon: docker.DockerClient, port: int, **options: Any) -> Registry:
-    container = daemon.containers.run(
-        "registry:2",
-        detach=True,
-        labels=LABELS,
-        ports={"5000/tcp": ("127.0.0.1", port)},
-        volumes={"docker-sidecar-tests": {"bind": "/var/lib/registry"}},
-        **options,
-    )
-    return Registry(daemon, container, f"localhost:{port}")
-
-
 @pytest.fixture(scope="session")
 def registry(daemon: docker.DockerClient, busybox: str) -> Registry:
     try:
         daemon.images.get("registry:2")
     except docker.errors.ImageNotFound:
         daemon.images.pull("registry:2")
-    found = start_registry(daemon, 5055)
-    wait_for(lambda: "listening on" in found.container.logs().decode(), "the registry listens", found.container.logs)
-    return found
+    container = daemon.containers.run(
+        "registry:2", detach=True, labels=LABELS, ports={"5000/tcp": ("127.0.0.1", 5055)}, volumes=STORE
+    )
+    wait_for(lambda: b"listening on" in container.logs(), "the registry listens", container.logs)
+    return Registry(daemon, container, "localhost:5055")
 
 
 @pytest.fixture(scope="session")

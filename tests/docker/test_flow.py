@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import signal
@@ -17,8 +16,8 @@ import pytest
 
 from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
-from tests.conftest import LABELS, PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT, PREFECT
-from tests.docker.conftest import Outcome, Registry, start_registry
+from tests.conftest import LABELS, PREFECT, login, private_registry
+from tests.docker.conftest import STORE, Outcome, Registry
 from tests.support.waiting import wait_for
 
 FlowRun = Callable[..., Outcome]
@@ -286,19 +285,14 @@ def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.D
 def test_private_registry(
     flow_run: FlowRun, daemon: docker.DockerClient, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    private = start_registry(daemon, 5056, entrypoint=PASSWORD_SCRIPT, environment=PASSWORD_ENVIRONMENT)
-    wait_for(
-        lambda: "listening on" in private.container.logs().decode(), "the registry listens", private.container.logs
-    )
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    run = flow_run(image=f"{private.address}/busybox:1", command="true")
-    assert run.state.is_failed()
-    assert "no basic auth credentials (if it is a private image: `docker login`" in run.state.message
-    assert not run.naming("retry")
+    with private_registry(daemon, ports={"5000/tcp": ("127.0.0.1", 5056)}, volumes=STORE):
+        run = flow_run(image="localhost:5056/busybox:1", command="true")
+        assert run.state.is_failed()
+        assert "no basic auth credentials (if it is a private image: `docker login`" in run.state.message
+        assert not run.naming("retry")
 
-    auth = base64.b64encode(b"user:password").decode()
-    (tmp_path / "config.json").write_text(json.dumps({"auths": {private.address: {"auth": auth}}}))
-    run = flow_run(image=f"{private.address}/busybox:1", command="echo let in")
-    assert run.state.is_successful(), run.state
-    private.container.remove(force=True)
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": login()}}))
+        run = flow_run(image="localhost:5056/busybox:1", command="echo let in")
+        assert run.state.is_successful(), run.state

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -22,15 +22,18 @@ import kubernetes.utils
 import kubernetes.watch
 import pytest
 import urllib3
-import yaml
 from prefect.run_configs import KubernetesRun
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster, sidecar
 from tests.support.prefect_api import FlowRun, PrefectAPI
+from tests.support.readme import command, commands
 from tests.support.waiting import wait_for
 
-PROJECT_NAME = "tests"
+NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
+KUBECTL = f"""#!/bin/sh
+exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
+"""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,7 +48,7 @@ class Namespace:
     """A namespace of the tests' own, and what happens in it."""
 
     api: kubernetes.client.ApiClient
-    name: str = field(default_factory=lambda: f"tests-{uuid.uuid4().hex[:8]}")
+    name: str
     jobs: dict[str, list[tuple[datetime, Any]]] = field(default_factory=dict)  # by flow run: when, and the Job
 
     def __post_init__(self) -> None:
@@ -120,22 +123,6 @@ def engine(daemon: docker.DockerClient) -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture(scope="session")
-def namespace(engine: docker.DockerClient) -> Iterator[Namespace]:
-    found = Namespace(cluster.client())
-    labels = {"pod-security.kubernetes.io/enforce": "privileged"}
-    found.core.create_namespace({"metadata": {"name": found.name, "labels": labels}})
-    kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
-    yield found
-    found.core.delete_namespace(found.name)
-    wait_for(
-        lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
-        f"{found.name} is gone",
-        found.report,
-        120,
-    )
-
-
-@pytest.fixture(scope="session")
 def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
     """The Prefect API, on an address of this machine that pods reach as well."""
     gateway = engine.networks.get(cluster.NETWORK).attrs["IPAM"]["Config"][0]["Gateway"]
@@ -168,20 +155,71 @@ def prefect(api: PrefectAPI, engine: docker.DockerClient) -> Callable[..., str]:
 
 
 @pytest.fixture(scope="session")
-def flow_id(api: PrefectAPI, prefect: Callable[..., str]) -> str:
-    prefect("create", "project", PROJECT_NAME)
-    options = ["--project", PROJECT_NAME, "-m", "flows.docker_sidecar"]
-    prefect("register", *options, FLOW_REGISTRY_URL=f"{sidecar.REGISTRY}/")
+def readme(
+    api: PrefectAPI, engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., str]:
+    """Run the one command of README.md that starts like this, as a user does, but on what is there for the tests."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "kubectl").write_text(KUBECTL)  # each node image has one, a machine may not
+    (home / "kubectl").chmod(0o755)
+    names = {
+        "http://your-server:4200": api.url,
+        "registry.example.com/team/": f"{sidecar.REGISTRY}/",
+        "namespace flows": f"namespace {NAMESPACE}",
+        "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
+    }
+
+    def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
+        exports = [command for command in commands() if command.startswith("export ")]
+        script = "\n".join([*exports, command(start)])
+        for old, new in {**names, **(instead or {})}.items():
+            script = script.replace(old, new)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
+        path = f"{home}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment.update(HOME=str(home), PATH=path, KUBECONFIG=str(cluster.KUBECONFIG))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", script],
+            cwd=PROJECT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    readme("prefect backend server")
+    return readme
+
+
+@pytest.fixture(scope="session")
+def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterator[Namespace]:
+    readme("kubectl create namespace")
+    readme("kubectl label namespace")
+    found = Namespace(cluster.client(), NAMESPACE)
+    kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
+    yield found
+    found.core.delete_namespace(found.name)
+    wait_for(
+        lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
+        f"{found.name} is gone",
+        found.report,
+        120,
+    )
+
+
+@pytest.fixture(scope="session")
+def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
+    readme("prefect create project")
+    readme("prefect register")
     [flow] = api.flows
     return flow
 
 
 @pytest.fixture(scope="session")
-def agent(namespace: Namespace, api: PrefectAPI, prefect: Callable[..., str]) -> str:
+def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
-    manifests = prefect("agent", "kubernetes", "install", "--rbac", "--api", api.url, "--namespace", namespace.name)
-    documents = [document for document in yaml.safe_load_all(manifests) if document]
-    kubernetes.utils.create_from_yaml(namespace.api, yaml_objects=documents, namespace=namespace.name)
+    readme("prefect agent kubernetes install")
 
     def running() -> str | None:
         pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items

@@ -22,7 +22,7 @@ import yaml
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster, sidecar
-from tests.conftest import LABELS, PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT
+from tests.conftest import login, private_registry
 from tests.kubernetes.conftest import Namespace
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
@@ -216,26 +216,13 @@ def test_a_project_that_is_not_there(preflight: Preflight, place: str) -> None:
 @pytest.fixture
 def private(engine: docker.DockerClient) -> Iterator[str]:
     """A registry that asks for a password."""
-    container = engine.containers.run(
-        "registry:2",
-        detach=True,
-        labels=LABELS,
-        entrypoint=PASSWORD_SCRIPT,
-        environment=PASSWORD_ENVIRONMENT,
-        ports={"5000/tcp": ("127.0.0.1", None)},
-    )
-    try:
-        wait_for(lambda: b"listening on" in container.logs(), "the registry listens", container.logs)
-        container.reload()
+    with private_registry(engine, ports={"5000/tcp": ("127.0.0.1", None)}) as container:
         yield f"127.0.0.1:{container.ports['5000/tcp'][0]['HostPort']}"
-    finally:
-        container.remove(force=True, v=True)
 
 
 def test_a_registry_that_asks_for_a_login(preflight: Preflight, place: str, private: str, tmp_path: Path) -> None:
     def log_in(password: str) -> None:
-        login: dict[str, Any] = {"auth": base64.b64encode(f"user:{password}".encode()).decode()}
-        (tmp_path / "config.json").write_text(json.dumps({"auths": {private: login}}))
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {private: login(password)}}))
 
     def push() -> Outcome:
         return preflight(NAMESPACE=place, FLOW_REGISTRY_URL=private)

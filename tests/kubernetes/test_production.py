@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +12,7 @@ import pytest
 
 from flows.settings import load_job_template
 from scripts import cluster
-from tests.conftest import LABELS, PASSWORD_ENVIRONMENT, PASSWORD_SCRIPT, PREFECT
+from tests.conftest import PREFECT, private_registry
 from tests.kubernetes.conftest import Namespace, Run
 from tests.kubernetes.test_cluster import FOREVER
 
@@ -96,42 +94,30 @@ def test_a_hungry_container_takes_its_pod_not_the_node(submit: Submit, namespace
 @pytest.fixture
 def private_image(engine: docker.DockerClient, small_image: str) -> Iterator[str]:
     """The small image in a registry that asks for a password."""
-    container = engine.containers.run(
-        "registry:2",
-        detach=True,
-        labels=LABELS,
-        entrypoint=PASSWORD_SCRIPT,
-        environment=PASSWORD_ENVIRONMENT,
-        network=cluster.NETWORK,
-        volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}},
-    )
-    container.reload()
-    address = container.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
-    yield f"{address}:5000/busybox:1"
-    container.remove(force=True)
+    volumes = {"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
+    with private_registry(engine, network=cluster.NETWORK, volumes=volumes) as container:
+        address = container.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
+        yield f"{address}:5000/busybox:1"
 
 
-def test_private_image(submit: Submit, namespace: Namespace, private_image: str) -> None:
+def test_configuration_and_private_image(submit: Submit, readme: Callable[..., str], private_image: str) -> None:
+    """By the ConfigMap and the Secret of README.md, but for what a daemon here does not know or cannot reach."""
     registry, name = private_image.partition("/")[0], f"private-{uuid.uuid4().hex[:8]}"
     template = load_job_template("docker_sidecar")
     volume(template, "daemon-config")["configMap"]["name"] = name
     volume(template, "registry-credentials")["secret"]["secretName"] = name
-    configuration = json.dumps({"insecure-registries": [registry]})
-    namespace.core.create_namespaced_config_map(
-        namespace.name, {"metadata": {"name": name}, "data": {"daemon.json": configuration}}
-    )
-    record = submit(template, image=private_image, command="true").reaches("Failed", "Success")
+    instead = {
+        "docker-sidecar": name,
+        '"registry-mirrors": ["https://mirror.example.com"]': f'"insecure-registries": ["{registry}"]',
+        ',  "proxies": {"https-proxy": "http://proxy.example.com:3128"}': "",  # Docker 23 and newer
+        "registry.example.com": registry,
+    }
+    readme("kubectl create configmap", instead)
+    command = "cat /sys/class/net/eth0/mtu"
+    record = submit(template, image=private_image, command=command).reaches("Failed", "Success")
     assert "a Secret named docker-sidecar of type kubernetes.io/dockerconfigjson" in record.message
 
-    auth = base64.b64encode(b"user:password").decode()
-    namespace.core.create_namespaced_secret(
-        namespace.name,
-        {
-            "metadata": {"name": name},
-            "type": "kubernetes.io/dockerconfigjson",
-            "stringData": {".dockerconfigjson": json.dumps({"auths": {registry: {"auth": auth}}})},
-        },
-    )
-    run = submit(template, image=private_image, command="echo let in")
+    readme("kubectl create secret", instead)
+    run = submit(template, image=private_image, command=command)
     assert run.reaches("Failed", "Success").state == "Success", run.seen()
-    run.logged("let in")
+    run.logged("1400")

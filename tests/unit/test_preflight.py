@@ -376,7 +376,7 @@ def test_restartable_init_containers(version: str, knows: bool, server: Server, 
 
 def test_what_the_agent_may_not(server: Server, target: Target) -> None:
     server.answers[REVIEWS] = Answer(201, {"spec": {}, "status": {"allowed": False}})
-    install = "prefect agent kubernetes install --rbac --namespace flows | kubectl apply -f -"
+    install = "prefect agent kubernetes install --rbac --namespace flows | kubectl apply --namespace flows -f -"
     with pytest.raises(Wrong) as error:
         preflight.rights(target)
     rights = "create jobs, list jobs, delete jobs, list pods, list events"
