@@ -32,6 +32,7 @@ NETWORK = f"{NAME}-kind"
 KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 READY_SECONDS = 180
+CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
 def say(message: str) -> None:
@@ -89,10 +90,11 @@ def up() -> None:
                 f"there is a kind cluster named {NAME!r} that was not made from this folder. "
                 f"If nobody needs it: kind delete cluster --name {NAME}"
             )
-        if engine.containers.get(NODE).status == "running":
+        node = engine.containers.get(NODE)
+        if node.status == "running" and node.exec_run(["test", "-e", CONFIGURED])[0] == 0:
             say("is up")
             return
-        say("it has stopped with its engine; making it anew")
+        say("it has stopped with its engine, and addresses change when that starts again; making it anew")
         kind("delete", "cluster", "--name", NAME)
     image = node_image(engine, online)
     if not engine.networks.list(names=[NETWORK]):
@@ -112,7 +114,7 @@ def _configure(engine: docker.DockerClient, mirror: str, online: bool) -> None:
     """Point the node's containerd, and the daemons of pods in the default namespace, at the registry."""
     for name, host in ((REGISTRY, sidecar.address_of(engine, "registry", NETWORK)), ("docker.io", mirror)):
         folder = f"/etc/containerd/certs.d/{name}"
-        script = f"mkdir -p {folder} && echo '[host.\"{host}\"]' >{folder}/hosts.toml"
+        script = f"mkdir -p {folder} && echo '[host.\"{host}\"]' >{folder}/hosts.toml && touch {CONFIGURED}"
         status, output = engine.containers.get(NODE).exec_run(["sh", "-c", script])
         if status != 0:
             raise SidecarError(f"cannot configure the node's containerd: {output.decode()}")
