@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
 os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
+# Under `make test &` SIGINT is ignored, and stays so in what is started from here; but runs are cancelled by it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LABELS = {"docker-sidecar-on-kubernetes": "test"}
 PREFECT = "prefecthq/prefect:1.4.1"

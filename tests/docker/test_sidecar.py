@@ -182,7 +182,7 @@ def test_daemon_that_cannot_start(pod: Pod) -> None:
     code, output = end(sidecar, 10)
     assert code == 1
     assert output.count("unable to configure the Docker daemon with file /config/daemon.json") == 1
-    assert output.endswith("dind-daemon: dockerd did not start\n")
+    assert output.endswith("dind-daemon: dockerd does not answer\n")
 
 
 def test_daemon_that_fails_after_it_has_mounted(pod: Pod) -> None:
@@ -205,7 +205,7 @@ def test_daemon_that_never_answers(pod: Pod) -> None:
     assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
     code, output = end(sidecar, 10)
     assert code == 1
-    assert "dind-daemon: dockerd does not answer within 60 s" in output
+    assert output.endswith("dind-daemon: dockerd does not answer\n")
 
 
 def test_daemon_configuration_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:

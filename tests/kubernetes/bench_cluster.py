@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,9 @@ def test_one_run(submit: Submit, namespace: Namespace, quiet: Callable[[], None]
     run = submit(template, image=PREFECT, command="true")
     run.reaches("Success", "Failed")
     run.logged("exited with code")
-    created = time.monotonic()
-    wait_for(lambda: time.monotonic() - created > WATCHED / 2, "it has been watched", run.seen, WATCHED)
+    end = namespace.jobs[run.record.id][0][0] + timedelta(seconds=WATCHED)
+    wait_for(lambda: datetime.now(timezone.utc) > end, "it has been watched", run.seen, WATCHED)
+    assert namespace.job_ended(run.record.id) is None
     published = {"name": "published", "outcome": "Success, and the Job never ends", "watched": WATCHED}
     bench.add(runs=[{**published, **events(run, namespace)}, kept["cold"], kept["warm"]], spans=spans)
 
