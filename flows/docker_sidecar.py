@@ -11,6 +11,7 @@ from prefect.run_configs import KubernetesRun
 from prefect.storage import Docker
 from prefect.triggers import always_run
 
+from flows.parameters import refuse_faulty_parameters
 from flows.settings import PROJECT, Settings
 from flows.tasks import (
     CreateContainer,
@@ -37,7 +38,9 @@ wait_on_container = WaitOnContainer(docker_server_url="tcp://localhost:2375")
 # `always_run`: the output of a container that failed is what people want to read
 get_logs = GetContainerLogs(docker_server_url="tcp://localhost:2375", trigger=always_run)
 
-with Flow("Docker sidecar example", terminal_state_handler=fail_with_the_cause) as flow:
+with Flow(
+    "Docker sidecar example", state_handlers=[refuse_faulty_parameters], terminal_state_handler=fail_with_the_cause
+) as flow:
     pulled = pull_image(repository=image)
     container_id = create_container(image_name=image, command=command, environment=environment, upstream_tasks=[pulled])
     started = start_container(container_id=container_id)

@@ -8,7 +8,6 @@ its cause.
 from __future__ import annotations
 
 import re
-import shlex
 import signal
 import threading
 import time
@@ -28,7 +27,6 @@ from prefect.tasks import docker as prefect_docker
 from prefect.utilities.tasks import defaults_from_attrs
 
 from flows.output import Batch, frames
-from flows.settings import is_image
 
 STOP_GRACE_SECONDS = 5
 """How long an interrupted container has between SIGTERM and SIGKILL."""
@@ -134,8 +132,6 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             FAIL: if it will not, or did not after all retries.
         """
         image = f"{repository}:{tag}" if tag else str(repository)
-        if not is_image(image):
-            raise signals.FAIL(f"{image!r} is not an image reference (name, name:tag, name@sha256:…)")
         try:
             self._pull(docker.APIClient(base_url=docker_server_url, version="auto"), image, extra_docker_kwargs)
         except _Errors as error:
@@ -189,24 +185,20 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     Arguments as for ``prefect.tasks.docker.CreateContainer``.
     """
 
-    def run(self, command: Any = None, environment: Any = None, **kwargs: Any) -> str:  # type: ignore[override]
+    def run(self, **kwargs: Any) -> str:  # type: ignore[override]
         """Create the container.
 
         Returns:
             The id of the container.
 
         Raises:
-            FAIL: if the command or the environment is malformed, or Docker refuses.
+            FAIL: if Docker refuses.
         """
-        if environment is not None and not isinstance(environment, (dict, list)):
-            raise signals.FAIL(f"environment is {environment!r}; give a mapping of names to values")
         with self.failing("Creating the container", kwargs.get("docker_server_url") or self.docker_server_url):
-            if isinstance(command, str):
-                shlex.split(command)  # as docker will, once it is connected
             extra = kwargs.pop("extra_docker_kwargs", None) or self.extra_docker_kwargs or {}
             labels = {**(extra.get("labels") or {}), LABEL: prefect.context.get("flow_run_id", "")}
             extra = {**extra, "labels": labels}
-            return str(super().run(command=command, environment=environment, extra_docker_kwargs=extra, **kwargs))
+            return str(super().run(extra_docker_kwargs=extra, **kwargs))
 
 
 class StartContainer(_DockerTask, prefect_docker.StartContainer):
@@ -276,8 +268,6 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             self.failing(name, docker_server_url),
             self._stopped_if_interrupted(client, str(container_id), name),
         ):
-            if not (time_limit is None or (type(time_limit) in (int, float) and time_limit > 0)):
-                raise _Stop(f"because time_limit is {time_limit!r}; give a number of seconds, or leave it out")
             unread = self._follow(client, str(container_id), config["Tty"], time_limit)
             result = dict(client.wait(str(container_id)))
             state = client.inspect_container(str(container_id))["State"]
@@ -375,16 +365,20 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         if not isinstance(container_id, str):
             raise signals.SKIP("No container was created, so there are no logs")
         pieces: deque[bytes] = deque()
-        size = lines = 0
         try:
             client = docker.APIClient(base_url=docker_server_url, version="auto")
             tty = client.inspect_container(container_id)["Config"]["Tty"]
-            for _, piece in _output(client, container_id, tty, tail=LOG_LINES + 1):
-                pieces.append(piece)
-                size += len(piece)
-                lines += piece.count(b"\n")
-                while size - len(pieces[0]) > LOG_BYTES:
-                    size -= len(pieces.popleft())
+            for tail in (LOG_LINES // 10, LOG_LINES + 1):  # where a few long lines are enough, no more are read
+                pieces.clear()
+                size = lines = 0
+                for _, piece in _output(client, container_id, tty, tail=tail):
+                    pieces.append(piece)
+                    size += len(piece)
+                    lines += piece.count(b"\n") if tty else 1  # Docker breaks a line at 16 KiB, and counts its parts
+                    while size - len(pieces[0]) > LOG_BYTES:
+                        size -= len(pieces.popleft())
+                if size > LOG_BYTES or lines < tail:
+                    break
         except APIError as error:
             raise signals.FAIL(f"Getting the logs of container {container_id[:12]}: {_words(error, '')}") from None
         except _Errors as error:

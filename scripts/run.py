@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import uuid
 from typing import Any
@@ -12,7 +11,7 @@ import docker
 from prefect.engine.state import State
 
 from flows.docker_sidecar import flow
-from flows.settings import is_image
+from flows.parameters import fault
 from flows.tasks import LABEL
 from scripts import sidecar
 
@@ -20,12 +19,8 @@ from scripts import sidecar
 def parameters() -> dict[str, str]:
     """The flow's parameters from IMAGE and COMMAND; what is not set has the flow's default."""
     found = {name.lower(): os.environ[name] for name in ("IMAGE", "COMMAND") if name in os.environ}
-    if not is_image(found.get("image", "default")):
-        sys.exit(f"run: IMAGE is {found['image']!r}. Give an image reference: name, name:tag, name@sha256:…")
-    try:
-        shlex.split(found.get("command", ""))
-    except ValueError as error:
-        sys.exit(f"run: COMMAND is {found['command']!r}: {error}. Close the quotes, or double a $ for make.")
+    if what := fault(found):
+        sys.exit(f"run: {what}")
     return found
 
 

@@ -211,10 +211,10 @@ def start_registry(engine: docker.DockerClient, online: bool, network: str = "br
         engine.images.pull("registry:2")
     else:
         images.build(engine)
-    registry = _run_registry(engine, "registry", {"5000/tcp": ("127.0.0.1", REGISTRY_PORT)}, {})
+    _run_registry(engine, "registry", {"5000/tcp": ("127.0.0.1", REGISTRY_PORT)}, {})
     if online:
         _run_registry(engine, "mirror", {}, {"REGISTRY_PROXY_REMOTEURL": "https://registry-1.docker.io"})
-    wait_until(lambda: b"listening on" in registry.logs(), "the local registry listens")
+    wait_until(_registry_answers, f"the local registry answers at {REGISTRY}")
     if not online:
         images.fill(engine, REGISTRY)
     return address_of(engine, registries(engine)[-1], network)
@@ -235,17 +235,20 @@ def address_of(engine: docker.DockerClient, name: str, network: str) -> str:
     return "http://{}:5000".format(found.attrs["Containers"][registry.id]["IPv4Address"].split("/")[0])
 
 
-def _run_registry(
-    engine: docker.DockerClient, name: str, ports: dict[str, Any], environment: dict[str, str]
-) -> Container:
+def _registry_answers() -> bool:
+    with suppress(requests.RequestException):
+        return requests.get(f"http://{REGISTRY}/v2/", timeout=ANSWER_SECONDS).ok
+    return False
+
+
+def _run_registry(engine: docker.DockerClient, name: str, ports: dict[str, Any], environment: dict[str, str]) -> None:
     try:
-        container = engine.containers.get(f"{NAME}-{name}")
-        container.start()
+        engine.containers.get(f"{NAME}-{name}").start()  # of a run that was killed
     except NotFound:
         if ports and (owner := port_owner(REGISTRY_PORT)):
             message = f"port {REGISTRY_PORT}, for the local registry, is taken by {owner}: stop it"
             raise SidecarError(message) from None
-        container = engine.containers.run(
+        engine.containers.run(
             "registry:2",
             name=f"{NAME}-{name}",
             detach=True,
@@ -254,7 +257,6 @@ def _run_registry(
             ports=ports,
             volumes={f"{NAME}-{name}": {"bind": "/var/lib/registry"}},
         )
-    return container
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:

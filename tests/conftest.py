@@ -33,7 +33,7 @@ busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c
 
 # of a registry that asks for a password, which is the word "password"
 _USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
-_SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
+SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
 
 
 @contextmanager
@@ -43,7 +43,7 @@ def private_registry(engine: docker.DockerClient, **options: Any) -> Iterator[Co
         "registry:2",
         detach=True,
         labels=LABELS,
-        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {_SERVE}"],
+        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {SERVE}"],
         environment={
             "REGISTRY_AUTH": "htpasswd",
             "REGISTRY_AUTH_HTPASSWD_REALM": "tests",

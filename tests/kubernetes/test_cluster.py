@@ -99,6 +99,12 @@ def test_container_exits_3(submit: Submit) -> None:
     assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
 
 
+def test_faulty_parameter(submit: Submit) -> None:
+    run = submit(command="true", time_limit="1h")
+    assert run.reaches("Failed", "Success").message.startswith("time_limit is '1h'; give a number of seconds")
+    assert run.job_ends()[0] == "Complete"
+
+
 def test_image_that_does_not_exist(submit: Submit, small_image: str) -> None:
     run = submit(image=f"{small_image}-not", command="true")
     record = run.reaches("Failed", "Success")

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.build_register import load_flows_from_module, load_flows_from_script
-from prefect.engine import signals
-from prefect.engine.state import Failed, Retrying, Skipped, State, TriggerFailed
+from prefect.engine.state import Failed, Pending, Retrying, Skipped, State, TriggerFailed
 from prefect.tasks import docker as prefect_docker
 from prefect.triggers import always_run
 from prefect.utilities.storage import extract_flow_from_file
 
 from flows import tasks
+from flows.parameters import fault
 from flows.settings import JOB_TEMPLATES, PROJECT
 
 SCRIPT = PROJECT / "flows" / "docker_sidecar.py"
@@ -124,35 +123,36 @@ def test_the_image_holds_what_the_flow_needs(flow: Flow, tmp_path: Path) -> None
     assert result.stdout.strip() == str(image / "flows" / "__init__.py"), result.stderr
 
 
-Fails = Callable[..., str]
+@pytest.mark.parametrize(
+    ("parameters", "says"),
+    [
+        ({"image": "Prefect:1"}, "image is 'Prefect:1'; give an image reference (name, name:tag, name@sha256:…)"),
+        ({"image": None}, "image is None; give an image reference"),
+        ({"command": "sh -c 'echo"}, """command is "sh -c 'echo": No closing quotation; close it"""),
+        ({"command": ["sleep", 1]}, "command is ['sleep', 1]; give a string, a list of words, or null"),
+        *(
+            ({"environment": value}, f"environment is {value!r}; give a mapping of names to values")
+            for value in ("A=1", 1, True)
+        ),
+        *(
+            ({"time_limit": value}, f"time_limit is {value!r}; give a number of seconds, or leave it out")
+            for value in (0, -1, "1h", True)
+        ),
+    ],
+)
+def test_faulty_parameters_are_refused_before_anything_starts(
+    flow: Flow, parameters: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = flow.run(parameters=parameters)
+    assert type(state) is Failed
+    assert state.message.startswith(says)
+    assert {type(result) for result in state.result.values()} == {Pending}, "no task has started"
+    assert [record.getMessage() for record in caplog.records].count(state.message) == 1, "one error"
 
 
-@pytest.fixture
-def fails(nowhere: int) -> Fails:
-    """The message that a task fails with; a task that asks the daemon says that it does not answer."""
-
-    def fails(task: Any, **arguments: Any) -> str:
-        with pytest.raises(signals.FAIL) as failure:
-            task(docker_server_url=f"tcp://127.0.0.1:{nowhere}").run(**arguments)
-        return str(failure.value)
-
-    return fails
-
-
-@pytest.mark.parametrize("environment", ["A=1", 1, True])
-def test_a_malformed_environment_is_refused_at_once(fails: Fails, environment: Any) -> None:
-    message = fails(tasks.CreateContainer, image_name="a", environment=environment)
-    assert message == f"environment is {environment!r}; give a mapping of names to values"
-
-
-def test_a_malformed_command_is_refused_at_once(fails: Fails) -> None:
-    message = fails(tasks.CreateContainer, image_name="a", command="sh -c 'echo")
-    assert message == "Creating the container: No closing quotation"
-
-
-@pytest.mark.parametrize("arguments", [{"repository": "Prefect:1"}, {"repository": "a:1", "tag": "2"}, {}])
-def test_a_malformed_image_is_refused_at_once(fails: Fails, arguments: dict[str, str]) -> None:
-    assert "is not an image reference" in fails(tasks.PullImage, **arguments)
+@pytest.mark.parametrize("parameters", [{"command": None}, {"command": ["true"], "environment": {"A": 1}}])
+def test_parameters_are_taken(parameters: dict[str, Any]) -> None:
+    assert fault(parameters) is None
 
 
 def test_without_a_daemon_the_run_fails_with_that_cause(

@@ -28,9 +28,9 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("IMAGE", "", "run: IMAGE is ''. Give an image reference: "),
-        ("IMAGE", "no image", "run: IMAGE is 'no image'. Give an image reference: "),
-        ("COMMAND", "sh -c 'echo", """run: COMMAND is "sh -c 'echo": No closing quotation. Close the quotes"""),
+        ("IMAGE", "", "run: image is ''; give an image reference (name, "),
+        ("IMAGE", "no image", "run: image is 'no image'; give an image reference (name, "),
+        ("COMMAND", "sh -c 'echo", """run: command is "sh -c 'echo": No closing quotation; close it"""),
     ],
 )
 def test_make_run_refuses_at_once(name: str, value: str, says: str, tmp_path: Path, nowhere: int) -> None:
