@@ -58,8 +58,7 @@ RUNS = {
     "warm": "This one: the image is there",
 }
 PHASES = {  # of a flow's process: the event that ends each, its colour, and what it is
-    "flow_container_started": ("dim", "pod and container start"),
-    "run_running": ("amber", "waiting, loading the flow"),
+    "run_running": ("amber", "pod, daemon and flow start"),
     "image_pulled": ("blue", "pull"),
     "container_finished": ("green", "your container"),
     "run_finished": ("violet", "logs, final state"),
@@ -275,12 +274,13 @@ def memory(measured: dict[str, list[float | None]]) -> str:
         y = at(sizes[0], 10**power)[1]
         parts.append(line("line", (120, y), (640, y), head=False))
         parts.append(text(108, y + 4, f"{10**power:,} MiB", "small dim", "end"))
-    for key, colour, name, below in (("library", "red", "Prefect's tasks", -12), ("ours", "green", "these tasks", 20)):
+    most = [max(value or 0 for value in pair) for pair in zip(measured["library"], measured["ours"])]
+    for key, colour, name in (("library", "red", "Prefect's tasks"), ("ours", "green", "these tasks")):
         points = [(*at(size, value), value) for size, value in zip(sizes, measured[key]) if value is not None]
         parts.append(line(colour, *((x, y) for x, y, _ in points), head=False))
-        for x, y, value in points:
+        for (x, y, value), highest in zip(points, most):
             parts.append(f'<circle cx="{x:g}" cy="{y:g}" r="4.5" class="fill-{colour}"/>\n')
-            parts.append(note(x, y + below, f"{value:,.0f}", colour))
+            parts.append(note(x, y + (20 if value < highest else -12), f"{value:,.0f}", colour))
         x, y, _ = points[-1]
         parts.append(text(x + 26, y + 5, name, f"title {colour}"))
         if len(points) < len(sizes):

@@ -23,8 +23,7 @@ from tests.support.waiting import wait_for
 Submit = Callable[..., Run]
 ROUNDS = 5
 WATCHED = 90  # seconds, of a Job that never ends
-EVENTS = ("flow_container_started", "daemon_ready", "run_running", "image_pulled")
-EVENTS += ("container_finished", "run_finished", "job_complete")
+EVENTS = ("daemon_ready", "run_running", "image_pulled", "container_finished", "run_finished", "job_complete")
 
 
 def events(run: Run, namespace: Namespace) -> dict[str, float | None]:
@@ -42,22 +41,18 @@ def events(run: Run, namespace: Namespace) -> dict[str, float | None]:
         "container_finished": logged("exited with code"),
         "run_finished": states.get("Success") or states.get("Failed"),
         "job_complete": ended[1] if ended else None,
-        **pod_events(run, namespace),
+        "daemon_ready": daemon_ready(run, namespace),
     }
     return {name: (at[name] - created).total_seconds() if at[name] else None for name in EVENTS}
 
 
-def pod_events(run: Run, namespace: Namespace) -> dict[str, datetime | None]:
-    """When the flow's container started, and when dockerd answered, if the Agent has not deleted the pod yet."""
-    pods = namespace.pods(run.record.id)
-    if not pods:
-        return {"flow_container_started": None, "daemon_ready": None}
-    [pod] = pods
-    [started] = [s.state for s in pod.status.container_statuses if s.name == "flow-container"]
-    log = namespace.core.read_namespaced_pod_log(pod.metadata.name, namespace.name, container="dind-daemon")
-    ready = re.search(r'time="([^"]+)" .*API listen on .*2375', log)
-    at = datetime.fromisoformat(ready[1][:26]).replace(tzinfo=timezone.utc) if ready else None
-    return {"flow_container_started": (started.terminated or started.running).started_at, "daemon_ready": at}
+def daemon_ready(run: Run, namespace: Namespace) -> datetime | None:
+    """When dockerd answered, if the Agent has not deleted the pod yet."""
+    for pod in namespace.pods(run.record.id):
+        log = namespace.core.read_namespaced_pod_log(pod.metadata.name, namespace.name, container="dind-daemon")
+        if ready := re.search(r'time="([^"]+)" .*API listen on .*2375', log):
+            return datetime.fromisoformat(ready[1][:26]).replace(tzinfo=timezone.utc)
+    return None
 
 
 def floor(template: dict[str, Any], namespace: Namespace) -> float:
