@@ -8,4 +8,6 @@ COPY requirements.txt ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
 COPY flows flows/
 COPY job_templates job_templates/
+# the flow's user reads them, whatever the umask of who registers
+RUN chmod -R a+rX .
 ENV PYTHONPATH=/opt/docker-sidecar

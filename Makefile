@@ -4,6 +4,11 @@
 
 BIN := .venv/bin
 
+ifdef COMMAND # make would take a $ in it for a variable of its own
+override COMMAND := $(value COMMAND)
+export COMMAND
+endif
+
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
@@ -61,6 +66,6 @@ preflight: .venv/ready ## is all there to register and run on Kubernetes? NAMESP
 lock: .venv/ready ## renew requirements.txt and requirements-dev.txt
 	@scripts/lock.sh
 
-clean: .venv/ready ## remove .venv, and all that is kept for the next time
+clean: .venv/ready cluster-down ## remove .venv, and all that is kept for the next time
 	@$(BIN)/python -m scripts.sidecar clean
 	@rm -rf .venv

@@ -283,7 +283,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     def _follow(
         self, client: docker.APIClient, container_id: str, tty: bool, time_limit: float | None
     ) -> Exception | None:
-        """Log the container's output until there will be no more, or it cannot be read; then return why.
+        """Log the container's output until it has ended; return why its output could not be read, if it could not.
 
         A thread reads, so that this one can log what came when nothing more comes, and can be interrupted.
         """
@@ -296,6 +296,9 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
                     batch.add(stderr, data)
             except (*_Errors, ValueError) as error:
                 errors.append(error)
+            try:
+                with suppress(*_Errors):
+                    client.wait(container_id)  # whether or not its output can be read
             finally:
                 done.set()
 

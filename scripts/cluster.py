@@ -152,12 +152,11 @@ def delete() -> None:
 
 
 def down() -> None:
-    """Delete the cluster, and end what up() started. Images stay, for the next time."""
-    if client := sidecar.connect():
-        client.close()
-        delete()
-    elif sidecar.connect(sidecar.DAEMON):
+    """Delete the cluster, and end the daemon and the registry that it may have been on. Images stay."""
+    engine = sidecar.connect()
+    if not engine and (engine := sidecar.connect(sidecar.DAEMON)):
         os.environ["DOCKER_HOST"] = sidecar.DAEMON
+    if engine and sidecar.nodes(engine):
         delete()
     sidecar.down()
 
@@ -176,8 +175,9 @@ def airgap() -> None:
         return
     with _engine() as engine:
         images.build(engine)
-        script = PROJECT / "tests" / "airgap" / "node-image.sh"
-        subprocess.run([script], env={**os.environ, "PYTHON": sys.executable}, check=True)
+        script = PROJECT / "tests" / "airgap" / "kubernetes.sh"
+        programs = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
+        images.build_node(engine, Path(programs.strip()))
     say("all images are there: `make cluster-up`, `make test`")
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the path of a usable `kind`: the one on PATH, or one in $CACHE/bin. Where neither exists and
-# this is Debian, Debian 13's package is unpacked into $CACHE/bin (it runs on Debian 12 and newer).
+# Prints the path of a usable `kind`: the one on PATH, or one in ~/.cache. Where neither exists and
+# this is Debian, Debian 13's package is unpacked there (it runs on Debian 12 and newer).
 set -euo pipefail
 
 if command -v kind; then
@@ -8,8 +8,7 @@ if command -v kind; then
 fi
 
 root=$(cd "$(dirname "$0")/.." && pwd)
-cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes}
-export CACHE=$cache
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes
 kind=$cache/bin/kind
 if [ ! -x "$kind" ]; then
     if ! { command -v apt-get && command -v dpkg-deb; } >/dev/null; then

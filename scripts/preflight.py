@@ -216,8 +216,11 @@ def config_map(target: Target) -> str:
         return f"none named {NAME}; it would configure the daemon: mirrors, MTU, log limits"
     try:
         text = (found.data or {})["daemon.json"]
-        if "hosts" in (configuration := dict(json.loads(text))):
-            raise ValueError("it has hosts, which the template sets; dockerd refuses to start with both")
+        configuration = dict(json.loads(text))
+        if ours := {"hosts", "data-root"} & configuration.keys():
+            raise ValueError(
+                f"{' and '.join(sorted(ours))}: the template sets it, and dockerd refuses to be told twice"
+            )
     except KeyError:
         seen = f"{NAME} has no daemon.json"
     except (TypeError, ValueError) as error:

@@ -24,7 +24,7 @@ rm -rf .venv
 "$python" -m venv .venv
 # pip brings uv alone, and uv the rest: 3 s in place of 33 s
 .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
-  --requirement <(sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p}' requirements-dev.txt)
+  --requirement <(sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p;}' requirements-dev.txt)
 export VIRTUAL_ENV=$PWD/.venv
 .venv/bin/uv pip sync --quiet requirements-dev.txt
 .venv/bin/uv pip install --quiet --no-deps --editable .

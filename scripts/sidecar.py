@@ -30,8 +30,7 @@ from tests.airgap import images
 
 PORT = 2375
 DAEMON = f"tcp://127.0.0.1:{PORT}"
-_CACHES = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-CACHE = Path(os.environ.get("CACHE") or Path(_CACHES, "docker-sidecar-on-kubernetes"))
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
 HOME = CACHE / "dockerd"  # of a daemon started here: data root, exec root, pid file, log
 REGISTRY_PORT = 5001
 REGISTRY = f"localhost:{REGISTRY_PORT}"
@@ -62,7 +61,7 @@ def say(message: str) -> None:
 
 
 def connect(url: str | None = None) -> docker.DockerClient | None:
-    """The Docker engine at a URL (by default at ``DOCKER_HOST`` or the usual socket), if one answers."""
+    """The Docker engine at a URL (by default at ``DOCKER_HOST`` or the current Docker context), if one answers."""
     try:
         client = docker.DockerClient(url, timeout=ANSWER_SECONDS) if url else docker.from_env(timeout=ANSWER_SECONDS)
         client.ping()
@@ -288,6 +287,22 @@ def down(keep: Collection[str] = ()) -> None:
         say("dockerd has ended")
 
 
+def stop() -> None:
+    """down(), for whoever asks for it.
+
+    Raises:
+        SidecarError: if a cluster needs what would be stopped.
+    """
+    if any(map(nodes, filter(None, (connect(), connect(DAEMON))))):
+        raise SidecarError("there is a kind cluster on it: `make cluster-down` ends both")
+    down()
+
+
+def nodes(engine: docker.DockerClient) -> list[Container]:
+    """The nodes of the kind cluster that is on an engine."""
+    return list(engine.containers.list(all=True, filters={"label": f"io.x-k8s.kind.cluster={NAME}"}))
+
+
 def _ours() -> list[Container | Network]:
     """The containers and networks that were started here, on the engine that they are on."""
     engine = connect(DAEMON) if _pid() else connect()
@@ -316,6 +331,7 @@ def _pid() -> int | None:
 @contextmanager
 def running() -> Iterator[docker.DockerClient]:
     """A daemon for as long as the block lasts, and no longer unless it was there before."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which would end this process and leave the daemon
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         try:
@@ -334,6 +350,7 @@ def running() -> Iterator[docker.DockerClient]:
 @contextmanager
 def all_or_nothing() -> Iterator[None]:
     """If the block fails, what it has started ends, and what was there before stays."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     found, keep = connect(DAEMON), [thing.id for thing in _ours()]
     try:
         yield
@@ -347,14 +364,15 @@ def clean() -> None:
     """Stop what up() started, and remove what is kept for the next time."""
     down()
     if engine := connect():
-        for volume in engine.volumes.list(filters={"name": f"{NAME}-"}):
-            volume.remove()
+        for volume in engine.volumes.list():
+            if volume.name.startswith(f"{NAME}-"):
+                volume.remove()
     shutil.rmtree(CACHE, ignore_errors=True)
 
 
 if __name__ == "__main__":
     try:
         with all_or_nothing():
-            {"up": up, "down": down, "clean": clean}[sys.argv[1]]()
+            {"up": up, "down": stop, "clean": clean}[sys.argv[1]]()
     except SidecarError as error:
         sys.exit(f"sidecar: {error}")

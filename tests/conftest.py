@@ -67,19 +67,29 @@ def login(password: str = "password") -> dict[str, str]:
 @pytest.fixture(scope="session")
 def daemon() -> Iterator[docker.DockerClient]:
     with sidecar.running() as client:
-        for image in (SIDECAR["image"], PREFECT):
-            try:
-                client.images.get(image)
-            except docker.errors.ImageNotFound:
-                client.images.pull(image)
+        have(client, SIDECAR["image"], PREFECT)
         yield client
         for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
             container.remove(force=True, v=True)
 
 
 @pytest.fixture(scope="session")
-def busybox(daemon: docker.DockerClient) -> str:
-    """The name of a small image that is on the daemon and in no registry."""
-    output = daemon.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
-    daemon.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
+def engine(daemon: docker.DockerClient) -> docker.DockerClient:
+    """The engine of this machine, whose ports can be reached from here; where there is none, the daemon itself."""
+    return sidecar.engine()
+
+
+def have(client: docker.DockerClient, *images: str) -> None:
+    for image in images:
+        try:
+            client.images.get(image)
+        except docker.errors.ImageNotFound:
+            client.images.pull(image)
+
+
+def busybox(client: docker.DockerClient) -> str:
+    """The name of a small image that is in no registry, and from now on on the client."""
+    have(client, SIDECAR["image"])
+    output = client.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
+    client.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
     return "docker-sidecar-tests:busybox"

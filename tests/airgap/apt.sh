@@ -4,12 +4,12 @@
 #   tests/airgap/apt.sh SUITE update|download|source ...
 #
 # The private configuration (mirror as in the machine's own sources, suite replaced, source
-# packages switched on) lives in $CACHE/apt/SUITE, so /etc/apt stays as it is.
+# packages switched on) lives in ~/.cache, so /etc/apt stays as it is.
 set -euo pipefail
 
 suite=$1
 shift
-cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes}
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes
 state=$cache/apt/$suite
 
 # indextargets reads one-line and deb822 sources alike; "-" in the codename marks security and updates

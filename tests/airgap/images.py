@@ -1,11 +1,6 @@
-#!/usr/bin/env python3
-"""Stand-ins for images a registry would have served, from Debian and PyPI packages.
+"""Stand-ins for images that a registry would have served, from Debian and PyPI packages.
 
-    python tests/airgap/images.py build              build them in the daemon at DOCKER_HOST
-    python tests/airgap/images.py fill [REGISTRY]    build and push them (to localhost:5000)
-    python tests/airgap/images.py node PROGRAMS      build the kind node from kubernetes.sh's folder
-
-A registry filled this way serves as a mirror of Docker Hub: official images lie under library/.
+A registry filled with them serves as a mirror of Docker Hub: official images lie under library/.
 Needs root on Debian, for mmdebstrap.
 """
 
@@ -23,7 +18,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import docker
@@ -35,7 +30,6 @@ ROOT = HERE.parents[1]
 BASE = "docker-sidecar-airgap-base:bookworm"
 # as the flow, the flow image and the Agent's manifest name it
 PREFECT = tuple(f"prefecthq/prefect:1.4.1{python}" for python in ("", "-python3.10", "-python3.7"))
-DIND = "docker:28.5.2-dind"  # where no job template names one
 RECIPE_DIND = "docker:stable-dind"  # the published recipe's
 REGISTRY = ("registry:2",)
 CONTROL_PLANE = "docker-sidecar-airgap-control-plane:v1.20.2"
@@ -55,14 +49,14 @@ def say(message: str) -> None:
 def dind_names() -> tuple[str, ...]:
     """The tags that the job templates ask for, and the one that the published recipe asks for."""
     templates = "".join(p.read_text() for p in sorted(ROOT.glob("job_templates/*.yaml")))
-    found = re.findall(r"""image:\s*["']?(docker:[\w.-]+)""", templates) or [DIND]
+    found = re.findall(r"""image:\s*["']?(docker:[\w.-]+)""", templates)
     return tuple(dict.fromkeys([*found, RECIPE_DIND]))
 
 
-def build(client: docker.DockerClient, requirements: Path = ROOT / "requirements.txt") -> list[str]:
+def build(client: docker.DockerClient) -> list[str]:
     """Build the stand-ins whose inputs changed and return the names of all of them."""
     build_base(client)
-    prefect = {"prefect-entrypoint.sh": HERE / "prefect-entrypoint.sh", "requirements.txt": requirements}
+    prefect = {"prefect-entrypoint.sh": HERE / "prefect-entrypoint.sh", "requirements.txt": ROOT / "requirements.txt"}
     dind = {"dockerd-entrypoint.sh": HERE / "dockerd-entrypoint.sh"}
     registry = {"registry.yml": HERE / "registry.yml"}
     build_image(client, PREFECT, {"Dockerfile": HERE / "prefect.Dockerfile", **prefect})
@@ -71,8 +65,8 @@ def build(client: docker.DockerClient, requirements: Path = ROOT / "requirements
     return [*PREFECT, *dind_names(), *REGISTRY]
 
 
-def build_node(client: docker.DockerClient, programs: Path) -> str:
-    """Build the image of a kind node around Kubernetes' programs and return its name."""
+def build_node(client: docker.DockerClient, programs: Path) -> None:
+    """Build the image of a kind node around Kubernetes' programs, which lie in a folder."""
     build_base(client)
     node = HERE / "node"
     control_plane = {"Dockerfile": node / "control-plane.Dockerfile", "bin": programs}
@@ -83,7 +77,6 @@ def build_node(client: docker.DockerClient, programs: Path) -> str:
             file.writelines(client.images.get(CONTROL_PLANE).save(named=CONTROL_PLANE))
         files = {path.name: path for path in node.iterdir()}
         build_image(client, [NODE], {**files, "bin": programs, archive.name: archive})
-    return NODE
 
 
 def build_base(client: docker.DockerClient) -> None:
@@ -155,9 +148,9 @@ def build_image(client: docker.DockerClient, names: Sequence[str], files: Mappin
             client.images.get(source).tag(*name.split(":"))
 
 
-def fill(client: docker.DockerClient, registry: str = "localhost:5000", names: Iterable[str] | None = None) -> None:
-    """Push images into a plain-http registry, under the names that they have on Docker Hub."""
-    for name in build(client) if names is None else names:
+def fill(client: docker.DockerClient, registry: str) -> None:
+    """Push them into a plain-http registry, under the names that they have on Docker Hub."""
+    for name in build(client):
         repository, tag = name.split(":")
         path = repository if "/" in repository else f"library/{repository}"
         image = client.images.get(name)
@@ -209,20 +202,3 @@ def _without_metadata(entry: tarfile.TarInfo) -> tarfile.TarInfo:
     entry.uname = entry.gname = ""
     entry.mode = 0o755 if entry.isdir() or entry.mode & 0o100 else 0o644
     return entry
-
-
-def main() -> None:
-    command, *rest = sys.argv[1:] or ["build"]
-    client = docker.from_env(timeout=1800)
-    if command == "build" and not rest:
-        print(*build(client), sep="\n")
-    elif command == "fill" and len(rest) < 2:
-        fill(client, *rest)
-    elif command == "node" and len(rest) == 1:
-        print(build_node(client, Path(rest[0])))
-    else:
-        raise SystemExit(__doc__)
-
-
-if __name__ == "__main__":
-    main()

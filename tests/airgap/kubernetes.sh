@@ -12,8 +12,7 @@ programs=(kubeadm kubectl kubelet kube-apiserver kube-controller-manager kube-pr
 need_mb=2500
 
 here=$(cd "$(dirname "$0")" && pwd)
-cache=${CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes}
-export CACHE=$cache
+cache=${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes
 out=$cache/kubernetes/$version
 work=$cache/kubernetes/build
 say() { echo "kubernetes.sh: [${SECONDS}s] $*" >&2; }
@@ -28,7 +27,7 @@ fi
 
 have_mb=$(df -Pm "$cache" | awk 'NR == 2 { print $4 }')
 if [ "$have_mb" -lt "$need_mb" ]; then
-    say "building Kubernetes needs $need_mb MB in $cache, which has $have_mb MB; free some or set CACHE"
+    say "building Kubernetes needs $need_mb MB in $cache, which has $have_mb MB; free some or set XDG_CACHE_HOME"
     exit 1
 fi
 

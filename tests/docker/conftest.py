@@ -14,7 +14,7 @@ from prefect.engine.state import State
 
 from flows import docker_sidecar, tasks
 from scripts import run
-from tests.conftest import LABELS
+from tests.conftest import LABELS, busybox, have
 from tests.support.waiting import wait_for
 
 STORE = {"docker-sidecar-tests": {"bind": "/var/lib/registry"}}  # of the tests' registries
@@ -26,21 +26,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("docker")
 
 
-@dataclass
 class Registry:
-    """A registry of the tests' own, in a container on the daemon, which reaches it at its own localhost."""
+    """A registry of the tests' own, in a container on a client, which reaches it at its own localhost."""
 
-    daemon: docker.DockerClient
-    container: Container
-    address: str
+    def __init__(self, client: docker.DockerClient, port: int) -> None:
+        have(client, "registry:2")
+        self.client, self.address = client, f"localhost:{port}"
+        ports = {"5000/tcp": ("127.0.0.1", port)}
+        self.container: Container = client.containers.run(
+            "registry:2", detach=True, labels=LABELS, ports=ports, volumes=STORE
+        )
+        wait_for(lambda: b"listening on" in self.container.logs(), "the registry listens", self.container.logs)
 
     def push(self, image: str, name: str) -> str:
-        """Push an image of the daemon under a name, and forget the name."""
+        """Push an image of the client under a name, and forget the name."""
         reference = f"{self.address}/{name}"
-        self.daemon.images.get(image).tag(reference)
-        for line in self.daemon.api.push(reference, stream=True, decode=True):
+        self.client.images.get(image).tag(reference)
+        for line in self.client.api.push(reference, stream=True, decode=True):
             assert "error" not in line, line
-        self.daemon.images.remove(reference)
+        self.client.images.remove(reference)
         return reference
 
     def sh(self, command: str) -> str:
@@ -50,22 +54,14 @@ class Registry:
 
 
 @pytest.fixture(scope="session")
-def registry(daemon: docker.DockerClient, busybox: str) -> Registry:
-    try:
-        daemon.images.get("registry:2")
-    except docker.errors.ImageNotFound:
-        daemon.images.pull("registry:2")
-    container = daemon.containers.run(
-        "registry:2", detach=True, labels=LABELS, ports={"5000/tcp": ("127.0.0.1", 5055)}, volumes=STORE
-    )
-    wait_for(lambda: b"listening on" in container.logs(), "the registry listens", container.logs)
-    return Registry(daemon, container, "localhost:5055")
+def registry(daemon: docker.DockerClient) -> Registry:
+    return Registry(daemon, 5055)
 
 
 @pytest.fixture(scope="session")
-def image(registry: Registry, busybox: str) -> str:
+def image(registry: Registry) -> str:
     """The name of a small image that is in a registry."""
-    return registry.push(busybox, "busybox:1")
+    return registry.push(busybox(registry.client), "busybox:1")
 
 
 @dataclass

@@ -16,7 +16,7 @@ import pytest
 
 from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
-from tests.conftest import LABELS, PREFECT, login, private_registry
+from tests.conftest import LABELS, PREFECT, busybox, login, private_registry
 from tests.docker.conftest import STORE, Outcome, Registry
 from tests.support.waiting import wait_for
 
@@ -120,10 +120,9 @@ def test_registry_overloaded(flow_run: FlowRun, daemon: docker.DockerClient, sta
         server.remove(force=True)
 
 
-def test_blob_missing_in_the_registry(
-    flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, busybox: str
-) -> None:
-    daemon.api.import_image_from_data(b"".join(daemon.images.get(busybox).save()), "docker-sidecar-tests", "broken")
+def test_blob_missing_in_the_registry(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient) -> None:
+    saved = b"".join(daemon.images.get(busybox(daemon)).save())
+    daemon.api.import_image_from_data(saved, "docker-sidecar-tests", "broken")
     reference = registry.push("docker-sidecar-tests:broken", "broken:1")
     daemon.images.remove("docker-sidecar-tests:broken")
     layer = registry.sh(
@@ -227,6 +226,14 @@ def test_log_driver_that_cannot_be_read(
     assert run.state.is_failed()
     assert run.tasks["WaitOnContainer"].is_successful()
     assert "does not support reading" in run.state.message
+
+
+def test_time_limit_of_a_container_whose_output_cannot_be_read(
+    flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]
+) -> None:
+    limits({"log_config": {"type": "none"}})
+    run = flow_run(image=image, command="sleep 300", time_limit=1)
+    assert "was stopped at its time limit of 1 s" in run.tasks["WaitOnContainer"].message
 
 
 def send_when_running(signum: int, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]) -> threading.Thread:

@@ -26,7 +26,7 @@ def test_it_looks_like_this(daemon: docker.DockerClient, tmp_path: Path) -> None
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=PROJECT,
-        env={**os.environ, "CACHE": str(tmp_path)},  # whose lock is free, while the tests hold the usual one
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},  # whose lock is free, while the tests hold the usual one
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -11,12 +11,12 @@ from tests.conftest import SERVE
 
 
 def test_a_registry_is_waited_for_whatever_it_has_logged(
-    daemon: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+    engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sidecar, "NAME", "docker-sidecar-slow")
     monkeypatch.setattr(sidecar, "REGISTRY_PORT", 5058)
     monkeypatch.setattr(sidecar, "REGISTRY", "localhost:5058")
-    daemon.containers.create(
+    engine.containers.create(
         "registry:2",
         name="docker-sidecar-slow-registry",
         entrypoint=["sh", "-euc", f"echo listening on; sleep 1; {SERVE}"],
@@ -25,8 +25,8 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
         volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}},  # filled already, where it has to be
     )
     try:
-        sidecar.start_registry(daemon, sidecar.hub_answers())
+        sidecar.start_registry(engine, sidecar.hub_answers())
         assert requests.get("http://localhost:5058/v2/", timeout=sidecar.ANSWER_SECONDS).ok
     finally:
-        for container in daemon.containers.list(all=True, filters={"name": "docker-sidecar-slow-"}):
+        for container in engine.containers.list(all=True, filters={"name": "docker-sidecar-slow-"}):
             container.remove(force=True)

@@ -26,6 +26,7 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster, sidecar
+from tests.conftest import busybox
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.readme import command, commands
 from tests.support.waiting import wait_for
@@ -113,11 +114,11 @@ class Namespace:
 
 
 @pytest.fixture(scope="session")
-def engine(daemon: docker.DockerClient) -> Iterator[docker.DockerClient]:
-    """The engine that the cluster runs on, with the cluster; asked for and not to be had is a failure."""
+def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
+    """With the cluster; asked for and not to be had is a failure."""
     was_up = cluster.KUBECONFIG.exists()
     cluster.up()
-    yield sidecar.engine()
+    yield engine
     if not was_up:
         cluster.delete()
 
@@ -230,10 +231,10 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def small_image(engine: docker.DockerClient, busybox: str) -> str:
+def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
     reference = f"{sidecar.REGISTRY}/busybox:1"
-    engine.images.get(busybox).tag(reference)
+    engine.images.get(busybox(engine)).tag(reference)
     for line in engine.api.push(reference, stream=True, decode=True):
         assert "error" not in line, line
     engine.images.remove(reference)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
+import signal
 import socket
 import socketserver
 import subprocess
@@ -21,7 +23,7 @@ from scripts import sidecar
 def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the code is wrong and goes on, there is no program to start or install a daemon with."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(sidecar, "HOME", tmp_path / "cache" / "dockerd")
 
 
@@ -48,6 +50,31 @@ def test_make_run_refuses_at_once(name: str, value: str, says: str, tmp_path: Pa
     assert result.stderr.startswith(says)
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "cache").exists()  # not even looked for a daemon
+
+
+@pytest.mark.parametrize("given", ["make show COMMAND={}", "COMMAND={} make show"])
+def test_make_hands_a_command_on_as_it_is(given: str) -> None:
+    command = 'sh -c "for i in 1 2; do echo $i $(HOME) $$; done"'
+    shown = subprocess.run(
+        ["bash", "-c", given.format(shlex.quote(command)) + " --eval='show: ; @printenv COMMAND'"],
+        cwd=PROJECT,
+        env={**os.environ, "PATH": os.defpath},
+        capture_output=True,
+        text=True,
+    )
+    assert command in shown.stdout.splitlines(), shown
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, tmp_path: Path) -> None:
+    script = "from scripts import sidecar as s; import time; s.connect = lambda url=None: None; s.hub_answers = bool; "
+    script += "s.up = lambda: print('up', flush=True); s.down = lambda keep: print('down')\n"
+    script += "with s.running(): time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout
+        assert run.stdout.readline() == "up\n"
+        run.send_signal(signum)
+        assert run.stdout.read() == "down\n"
 
 
 def test_who_listens_on_a_port(nowhere: int) -> None:
