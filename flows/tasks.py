@@ -166,6 +166,8 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
                 layers[layer] = status in ("Pull complete", "Already exists")
             if status == "Downloading" and "total" in detail:
                 received[layer] = detail["current"], detail["total"]
+            if status == "Download complete" and layer in received:  # Docker does not report the last bytes
+                received[layer] = received[layer][1], received[layer][1]
             outcome = status.replace("Status: ", "") if status.startswith("Status: ") else outcome
             if time.monotonic() - reported >= PROGRESS_SECONDS:
                 reported = time.monotonic()

@@ -13,6 +13,9 @@ RUN apt-get update \
 # hadolint ignore=DL4005
 RUN busybox --install -s /usr/local/bin && ln -sf busybox /bin/sh
 
+# for `docker run --privileged` in it
+RUN mv "$(command -v runc)" /usr/local/bin/runc-real
+COPY runc-drop-missing-caps /usr/local/bin/runc
 COPY dockerd-entrypoint.sh /usr/local/bin/
 ENV DOCKER_TLS_CERTDIR=/certs
 VOLUME /var/lib/docker

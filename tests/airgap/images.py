@@ -57,7 +57,7 @@ def build(client: docker.DockerClient) -> list[str]:
     """Build the stand-ins whose inputs changed and return the names of all of them."""
     build_base(client)
     prefect = {"prefect-entrypoint.sh": HERE / "prefect-entrypoint.sh", "requirements.txt": ROOT / "requirements.txt"}
-    dind = {"dockerd-entrypoint.sh": HERE / "dockerd-entrypoint.sh"}
+    dind = {name: HERE / name for name in ("dockerd-entrypoint.sh", "runc-drop-missing-caps")}
     registry = {"registry.yml": HERE / "registry.yml"}
     build_image(client, PREFECT, {"Dockerfile": HERE / "prefect.Dockerfile", **prefect})
     build_image(client, dind_names(), {"Dockerfile": HERE / "dind.Dockerfile", **dind})
