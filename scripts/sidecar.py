@@ -294,7 +294,7 @@ def stop() -> None:
         SidecarError: if a cluster needs what would be stopped.
     """
     if any(map(nodes, filter(None, (connect(), connect(DAEMON))))):
-        raise SidecarError("there is a kind cluster on it: `make cluster-down` ends both")
+        raise SidecarError("a kind cluster needs what this would stop: `make cluster-down` ends both")
     down()
 
 

@@ -290,16 +290,19 @@ def sh(container: Container, command: str) -> str:
     return str(output.decode().strip())
 
 
-KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale kept:1 true"
+KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale --volume stale:/v kept:1 true"
 
 
 def test_layers_outlive_the_pod_and_its_sudden_death(new_pod: Callable[[], Pod]) -> None:
     first = ready(new_pod().sidecar())
-    sh(first, KEEP)
+    sh(first, f"{KEEP}; docker network create stale; tar -C / -c bin/sh | docker import -")
     first.kill("SIGKILL")
     second = ready(new_pod().sidecar())
-    assert sh(second, "docker image ls --quiet kept:1")
-    assert sh(second, "docker ps --all --quiet") == "", "what the predecessor left is gone"
+    assert sh(second, "docker image ls --format '{{.Repository}}'").split() == ["<none>", "kept"], (
+        "also one without a tag"
+    )
+    left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
+    assert sh(second, left) == "", "what the predecessor left is gone"
     assert sh(second, "ls /var/lib/docker") == "0\n0.lock"
 
 
