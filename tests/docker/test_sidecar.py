@@ -200,7 +200,7 @@ def test_sidecar_that_fails_by_itself(pod: Pod) -> None:
 
 def test_daemon_that_neither_answers_nor_ends(pod: Pod) -> None:
     listens = """sh -c 'trap "" TERM; echo $$ >/var/run/docker.pid; while :; do nc -l -p 2375 -e sleep 300; done'"""
-    edits = {"-le 200": "-le 1", "timeout 5": "timeout 1", "sleep 15": "sleep 1"}
+    edits = {"timeout 60": "timeout 2", "sleep 15": "sleep 1"}
     sidecar = pod.sidecar(edits={**edits, 'exec dockerd-entrypoint.sh "$@"': f"exec {listens}"})
     assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
     code, output = end(sidecar, 10)
