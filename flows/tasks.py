@@ -373,7 +373,7 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         try:
             client = docker.APIClient(base_url=docker_server_url, version="auto")
             tty = client.inspect_container(container_id)["Config"]["Tty"]
-            for tail in (LOG_LINES // 10, LOG_LINES + 1):  # where a few long lines are enough, no more are read
+            for tail in (LOG_LINES // 5, LOG_LINES + 1):  # where a few long lines are enough, no more are read
                 pieces.clear()
                 size = lines = 0
                 for _, piece in _output(client, container_id, tty, tail=tail):

@@ -248,6 +248,8 @@ def timeline(runs: list[dict[str, Any]]) -> str:
                 start = run[event]
         label = f"not complete after {run['watched']:g} s" if done is None else f"complete after {done:.1f} s"
         parts.append(bar(y + 80, 0, last, colour, label))
+        if label not in parts[-1]:
+            parts.append(text(at(last) + 8, y + 95.5, label, "small"))
         if done is None:
             parts.append(line("red", (962, y + 91), (986, y + 91), dash="3 3"))
         y += 124
