@@ -66,6 +66,6 @@ preflight: .venv/ready ## is all there to register and run on Kubernetes? NAMESP
 lock: .venv/ready ## renew requirements.txt and requirements-dev.txt
 	@scripts/lock.sh
 
-clean: .venv/ready cluster-down ## remove .venv, and all that is kept for the next time
+clean: .venv/ready cluster-down ## end all that runs, and remove .venv and all that is kept for the next time
 	@$(BIN)/python -m scripts.sidecar clean
 	@rm -rf .venv

@@ -323,6 +323,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     @contextmanager
     def _stopped_if_interrupted(self, client: docker.APIClient, container_id: str, name: str) -> Iterator[None]:
         def terminate(*_: Any) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
             raise _Stop("because the flow's process got SIGTERM")
 
         in_main_thread = threading.current_thread() is threading.main_thread()
@@ -373,7 +374,8 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         try:
             client = docker.APIClient(base_url=docker_server_url, version="auto")
             tty = client.inspect_container(container_id)["Config"]["Tty"]
-            for tail in (LOG_LINES // 5, LOG_LINES + 1):  # where a few long lines are enough, no more are read
+            # where a few long lines are enough, no more are read; of a TTY's it cannot be told how many they were
+            for tail in (LOG_LINES + 1,) if tty else (LOG_LINES // 5, LOG_LINES + 1):
                 pieces.clear()
                 size = lines = 0
                 for _, piece in _output(client, container_id, tty, tail=tail):

@@ -145,9 +145,10 @@ def daemon_config(engine: docker.DockerClient, namespace: str) -> dict[str, Any]
     }
 
 
-def delete() -> None:
+def delete(engine: docker.DockerClient) -> None:
     """Delete the cluster."""
-    kind("delete", "cluster", "--name", NAME)
+    if sidecar.nodes(engine):
+        kind("delete", "cluster", "--name", NAME)
     KUBECONFIG.unlink(missing_ok=True)
 
 
@@ -156,8 +157,8 @@ def down() -> None:
     engine = sidecar.connect()
     if not engine and (engine := sidecar.connect(sidecar.DAEMON)):
         os.environ["DOCKER_HOST"] = sidecar.DAEMON
-    if engine and sidecar.nodes(engine):
-        delete()
+    if engine:
+        delete(engine)
     sidecar.down()
 
 

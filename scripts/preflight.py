@@ -218,9 +218,7 @@ def config_map(target: Target) -> str:
         text = (found.data or {})["daemon.json"]
         configuration = dict(json.loads(text))
         if ours := {"hosts", "data-root"} & configuration.keys():
-            raise ValueError(
-                f"{' and '.join(sorted(ours))}: the template sets it, and dockerd refuses to be told twice"
-            )
+            raise ValueError(f"{' and '.join(sorted(ours))}: that is for the template to say, and not twice")
     except KeyError:
         seen = f"{NAME} has no daemon.json"
     except (TypeError, ValueError) as error:

@@ -328,10 +328,16 @@ def _pid() -> int | None:
     return None
 
 
+def _interrupt(*_: object) -> None:
+    """Let SIGTERM end this process as Ctrl-C does: by its own account, it would leave what was started."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # make sends another, which must not cut the end short
+    raise KeyboardInterrupt
+
+
 @contextmanager
 def running() -> Iterator[docker.DockerClient]:
     """A daemon for as long as the block lasts, and no longer unless it was there before."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which would end this process and leave the daemon
+    signal.signal(signal.SIGTERM, _interrupt)
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as lock:
         try:
@@ -350,7 +356,7 @@ def running() -> Iterator[docker.DockerClient]:
 @contextmanager
 def all_or_nothing() -> Iterator[None]:
     """If the block fails, what it has started ends, and what was there before stays."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _interrupt)
     found, keep = connect(DAEMON), [thing.id for thing in _ours()]
     try:
         yield
@@ -361,8 +367,7 @@ def all_or_nothing() -> Iterator[None]:
 
 
 def clean() -> None:
-    """Stop what up() started, and remove what is kept for the next time."""
-    down()
+    """Remove what is kept for the next time."""
     if engine := connect():
         for volume in engine.volumes.list():
             if volume.name.startswith(f"{NAME}-"):

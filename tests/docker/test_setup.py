@@ -7,7 +7,7 @@ import pytest
 import requests
 
 from scripts import sidecar
-from tests.conftest import SERVE
+from tests.conftest import SERVE, have
 
 
 def test_a_registry_is_waited_for_whatever_it_has_logged(
@@ -16,6 +16,7 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
     monkeypatch.setattr(sidecar, "NAME", "docker-sidecar-slow")
     monkeypatch.setattr(sidecar, "REGISTRY_PORT", 5058)
     monkeypatch.setattr(sidecar, "REGISTRY", "localhost:5058")
+    have(engine, "registry:2")
     engine.containers.create(
         "registry:2",
         name="docker-sidecar-slow-registry",
@@ -30,3 +31,5 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
     finally:
         for container in engine.containers.list(all=True, filters={"name": "docker-sidecar-slow-"}):
             container.remove(force=True)
+        for volume in engine.volumes.list(filters={"name": "docker-sidecar-slow-"}):
+            volume.remove()

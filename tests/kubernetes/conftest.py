@@ -120,7 +120,7 @@ def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
     cluster.up()
     yield engine
     if not was_up:
-        cluster.delete()
+        cluster.delete(engine)
 
 
 @pytest.fixture(scope="session")

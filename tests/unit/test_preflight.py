@@ -405,8 +405,8 @@ def test_what_the_agent_may_not(server: Server, target: Target) -> None:
         ({"daemon.json": "[1]"}, "no JSON object that dockerd takes: "),
         ({"daemon.json": "null"}, "no JSON object that dockerd takes: "),
         ({"daemon.json": '"text"'}, "no JSON object that dockerd takes: "),
-        ({"daemon.json": '{"hosts": []}'}, "no JSON object that dockerd takes: hosts: the template sets it"),
-        ({"daemon.json": '{"data-root": "/a", "hosts": []}'}, "data-root and hosts: the template sets it"),
+        ({"daemon.json": '{"hosts": []}'}, "no JSON object that dockerd takes: hosts: that is for the template"),
+        ({"daemon.json": '{"data-root": "/a", "hosts": []}'}, "data-root and hosts: that is for the template"),
     ],
 )
 def test_a_config_map_that_dockerd_would_not_take(

@@ -13,7 +13,7 @@ from tests.support import readme
 
 MAKE = [command for command in readme.commands() if command.startswith("make ")]
 OTHERS = [command for command in readme.commands() if not command.startswith(("make ", "export "))]
-CI = (PROJECT / ".ci" / "run").read_text()
+CI = re.sub("#.*", "", (PROJECT / ".ci" / "run").read_text())
 BY_HAND = {"bench", "clean", "test-kubernetes"}  # the last is a part of `make test`
 TESTS = "".join(path.read_text() for path in (PROJECT / "tests" / "kubernetes").glob("*.py"))
 STARTS = set(re.findall(r'readme\(\s*"([^"]+)"', TESTS))

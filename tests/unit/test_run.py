@@ -68,12 +68,16 @@ def test_make_hands_a_command_on_as_it_is(given: str) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, tmp_path: Path) -> None:
     script = "from scripts import sidecar as s; import time; s.connect = lambda url=None: None; s.hub_answers = bool; "
-    script += "s.up = lambda: print('up', flush=True); s.down = lambda keep: print('down')\n"
+    script += "s.up = lambda: print('up', flush=True); "
+    script += "s.down = lambda keep: (print('ending', flush=True), time.sleep(1), print('down'))\n"
     script += "with s.running(): time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout
         assert run.stdout.readline() == "up\n"
         run.send_signal(signum)
+        assert run.stdout.readline() == "ending\n"
+        if signum == signal.SIGTERM:
+            run.send_signal(signum)  # make sends it as well
         assert run.stdout.read() == "down\n"
 
 
