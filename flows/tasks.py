@@ -294,12 +294,12 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
 
         def read() -> None:
             try:
-                for stderr, data in _output(client, container_id, tty, follow=True):
-                    batch.add(stderr, data)
-            except (*_Errors, ValueError) as error:
-                errors.append(error)
-            try:
-                with suppress(*_Errors):
+                with suppress(*_Errors):  # run() meets them as well
+                    try:
+                        for stderr, data in _output(client, container_id, tty, follow=True):
+                            batch.add(stderr, data)
+                    except (*_Errors, ValueError) as error:
+                        errors.append(error)
                     client.wait(container_id)  # whether or not its output can be read
             finally:
                 done.set()
