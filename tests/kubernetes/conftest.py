@@ -201,6 +201,8 @@ def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterat
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
     found.core.delete_namespace(found.name)
+    # the Agent does not heed SIGTERM, and kubelet may take two minutes to find that a pod has ended; a namespace waits
+    found.core.delete_collection_namespaced_pod(found.name, grace_period_seconds=0)
     wait_for(
         lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
         f"{found.name} is gone",
