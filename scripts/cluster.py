@@ -1,37 +1,38 @@
 """A kind cluster of its own name, with its own kubeconfig: `make cluster-up`, `make cluster-down`.
 
-With it comes a registry, called localhost:5001 on this machine and on the node, to push the flow's image to;
-where Docker Hub cannot be reached it also stands in for it. The daemons in the pods use it as their mirror.
+With it comes a registry, called localhost:5001 on this machine and on the node, to push the flow's image to. It is
+also a mirror of Docker Hub that has the images of the tests, for the node and for the daemons in the pods.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import docker
 import kubernetes.client
 import kubernetes.config
 import kubernetes.utils
-from docker.errors import ImageNotFound
+from docker.errors import ImageNotFound, NotFound
 
 from flows.settings import PROJECT
-from scripts import sidecar
-from scripts.sidecar import LABELS, REGISTRY, SidecarError
-from tests.airgap import images
+from scripts import engine
+from scripts.airgap import images
+from scripts.engine import DAEMON, LABELS, PREFECT, REGISTRY, SetupError
 
 NAME = "docker-sidecar"
 NODE = f"{NAME}-control-plane"
 NETWORK = f"{NAME}-kind"
 KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
-READY_SECONDS = 180
+IMAGES = (*PREFECT, DAEMON, images.OLD_DAEMON)
+DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
+READY_SECONDS = 300
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -44,99 +45,89 @@ def kind(*arguments: str) -> str:
     """Run kind, with a network and a kubeconfig of the cluster's own.
 
     Raises:
-        SidecarError: with kind's last words.
+        SetupError: with the end of what kind says.
     """
-    program = subprocess.run([PROJECT / "scripts" / "kind.sh"], check=True, stdout=subprocess.PIPE, text=True).stdout
+    program = shutil.which("kind") or f"{images.programs('kubernetes')}/kind"
     environment = {**os.environ, "KIND_EXPERIMENTAL_DOCKER_NETWORK": NETWORK, "KUBECONFIG": str(KUBECONFIG)}
-    done = subprocess.run([program.strip(), *arguments], env=environment, capture_output=True, text=True)
+    done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
-        raise SidecarError(f"kind {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
+        raise SetupError(f"kind {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
     return done.stdout
 
 
-def node_image(engine: docker.DockerClient, online: bool) -> list[str]:
-    """The option that chooses the node image: $KIND_NODE_IMAGE, kind's own, or what `make airgap` has built."""
-    chosen = os.environ.get("KIND_NODE_IMAGE")
-    if online and chosen is None:
+def node_options(client: docker.DockerClient) -> list[str] | None:
+    """The options that choose the node: $KIND_NODE_IMAGE, kind's own, or what `make airgap` has built; else None."""
+    if chosen := os.environ.get("KIND_NODE_IMAGE"):
+        return [f"--image={chosen}"]
+    if shutil.which("kind") and engine.can_pull(client, DEFAULT_NODE):
         return []
-    name = images.NODE if chosen is None else chosen
-    try:
-        try:
-            engine.images.get(name)
-        except ImageNotFound:
-            if chosen is None:
-                raise SidecarError(
-                    "Docker Hub is out of reach, and there is no node image: run `make airgap`"
-                ) from None
-            say(f"pulling {name}")
-            engine.images.pull(name)
-    except docker.errors.DockerException as error:
-        raise SidecarError(
-            f"KIND_NODE_IMAGE is {name!r}, which cannot be had: {error}. Unset, the default is used"
-        ) from None
-    return [f"--image={name}"]
+    with suppress(ImageNotFound):
+        client.images.get(images.NODE)
+        return [f"--image={images.NODE}", f"--config={PROJECT}/scripts/airgap/node/kind.yaml"]
+    return None
 
 
-def up() -> None:
+def up(client: docker.DockerClient) -> None:
     """Have the cluster, with its registry.
 
     Raises:
-        SidecarError: if there can be none; then nothing of it is left.
+        SetupError: if there can be none; then nothing of it is left.
     """
-    engine, online = sidecar.engine(), sidecar.hub_answers()
-    if NAME in kind("get", "clusters").split():
+    if node := node_of(client):
         if not KUBECONFIG.exists():
-            raise SidecarError(
+            raise SetupError(
                 f"there is a kind cluster named {NAME!r} that was not made from this folder. "
                 f"If nobody needs it: kind delete cluster --name {NAME}"
             )
-        node = engine.containers.get(NODE)
         if node.status == "running" and node.exec_run(["test", "-e", CONFIGURED])[0] == 0:
             say("is up")
             return
-        say("it has stopped with its engine, and addresses change when that starts again; making it anew")
+        say("it was stopped with its engine, and addresses have changed since; making it anew")
         kind("delete", "cluster", "--name", NAME)
-    image = node_image(engine, online)
-    if not engine.networks.list(names=[NETWORK]):
-        engine.networks.create(NETWORK, labels=LABELS)
-    mirror = sidecar.start_registry(engine, online, NETWORK)
+    options = node_options(client)
+    if options is None:
+        raise SetupError(
+            "a cluster needs kind (https://kind.sigs.k8s.io) on PATH and its node image from Docker Hub, "
+            "or without Docker Hub, as root on Debian, `make airgap`"
+        )
+    if not client.networks.list(names=[NETWORK]):
+        client.networks.create(NETWORK, labels=LABELS)
+    engine.registry(client, *IMAGES)
+    if images.NODE in "".join(options):
+        for name in images.control_plane_images():
+            engine.push(client, name)
+    engine.registry_address(client, NETWORK)
     say("creating a node (about a minute)")
     try:
-        kind("create", "cluster", "--name", NAME, f"--wait={READY_SECONDS}s", *image)
-        _configure(engine, mirror, online)
+        kind("create", "cluster", "--name", NAME, f"--wait={READY_SECONDS}s", *options)
+        _configure(client)
     except BaseException:
         kind("delete", "cluster", "--name", NAME)
         raise
     say(f"ready: KUBECONFIG={KUBECONFIG.relative_to(PROJECT)}")
 
 
-def _configure(engine: docker.DockerClient, mirror: str, online: bool) -> None:
+def _configure(client: docker.DockerClient) -> None:
     """Point the node's containerd, and the daemons of pods in the default namespace, at the registry."""
-    for name, host in ((REGISTRY, sidecar.address_of(engine, "registry", NETWORK)), ("docker.io", mirror)):
+    address = engine.registry_address(client, NETWORK)
+    for name in (REGISTRY, "docker.io"):
         folder = f"/etc/containerd/certs.d/{name}"
-        script = f"mkdir -p {folder} && echo '[host.\"{host}\"]' >{folder}/hosts.toml && touch {CONFIGURED}"
-        status, output = engine.containers.get(NODE).exec_run(["sh", "-c", script])
+        script = f"mkdir -p {folder} && echo '[host.\"http://{address}\"]' >{folder}/hosts.toml && touch {CONFIGURED}"
+        status, output = client.containers.get(NODE).exec_run(["sh", "-c", script])
         if status != 0:
-            raise SidecarError(f"cannot configure the node's containerd: {output.decode()}")
-    api = client()
-    if not online:  # the node has no image of CoreDNS; nothing here needs names of Services
-        scale = {"spec": {"replicas": 0}}
-        kubernetes.client.AppsV1Api(api).patch_namespaced_deployment_scale("coredns", "kube-system", scale)
-    kubernetes.utils.create_from_dict(api, daemon_config(engine, "default"))
+            raise SetupError(f"cannot configure the node's containerd: {output.decode()}")
+    kubernetes.utils.create_from_dict(api(), daemon_config(client, "default"))
 
 
-def client() -> kubernetes.client.ApiClient:
+def api() -> kubernetes.client.ApiClient:
     """A client of the cluster, whatever the user's own kubeconfig says."""
     return kubernetes.config.new_client_from_config(str(KUBECONFIG))
 
 
-def daemon_config(engine: docker.DockerClient, namespace: str) -> dict[str, Any]:
+def daemon_config(client: docker.DockerClient, namespace: str) -> dict[str, Any]:
     """The ConfigMap that gives the daemons of a namespace's pods their mirror."""
-    registries = [sidecar.address_of(engine, name, NETWORK) for name in sidecar.registries(engine)]
-    configuration = {
-        "registry-mirrors": registries[-1:],
-        "insecure-registries": [url.partition("://")[2] for url in registries],  # they have no certificates
-    }
+    address = engine.registry_address(client, NETWORK)
+    configuration = {"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]}
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -145,58 +136,57 @@ def daemon_config(engine: docker.DockerClient, namespace: str) -> dict[str, Any]
     }
 
 
-def delete(engine: docker.DockerClient) -> None:
-    """Delete the cluster."""
-    if sidecar.nodes(engine):
+def node_of(client: docker.DockerClient) -> Any:
+    """The cluster's node, a container of the engine; None if there is no cluster."""
+    with suppress(NotFound):
+        return client.containers.get(NODE)
+    return None
+
+
+def down(client: docker.DockerClient) -> None:
+    """Delete the cluster, its registry and its network. Images stay, for the next time."""
+    if node_of(client):
         kind("delete", "cluster", "--name", NAME)
     KUBECONFIG.unlink(missing_ok=True)
+    engine.remove_ours(client)
 
 
-def down() -> None:
-    """Delete the cluster, and end the daemon and the registry that it may have been on. Images stay."""
-    engine = sidecar.connect()
-    if not engine and (engine := sidecar.connect(sidecar.DAEMON)):
-        os.environ["DOCKER_HOST"] = sidecar.DAEMON
-    if engine:
-        delete(engine)
-    sidecar.down()
-
-
-@contextmanager
-def _engine() -> Iterator[docker.DockerClient]:
-    """The engine for as long as the block lasts, and no longer unless it was there before."""
-    with nullcontext() if sidecar.connect() else sidecar.running():
-        yield sidecar.engine()
-
-
-def airgap() -> None:
-    """Build what a registry would have served: the images, and the node image."""
-    if sidecar.hub_answers():
+def airgap(client: docker.DockerClient) -> None:
+    """Build what a registry would have served, the node image too, unless kind can pull its own."""
+    if node_options(client) == []:
         say("Docker Hub answers: there is nothing to build")
         return
-    with _engine() as engine:
-        images.build(engine)
-        script = PROJECT / "tests" / "airgap" / "kubernetes.sh"
-        programs = subprocess.run([script], check=True, stdout=subprocess.PIPE, text=True).stdout
-        images.build_node(engine, Path(programs.strip()))
+    images.build(client, images.NODE)
+    engine.provide(client, engine.REGISTRY_IMAGE, *IMAGES)
     say("all images are there: `make cluster-up`, `make test`")
 
 
-def possible() -> None:
-    """Find out whether a cluster is up, or can be made without building Kubernetes first.
+def main(what: str) -> None:
+    """Do what the Makefile asks for.
 
     Raises:
-        SidecarError: if not.
+        SetupError: if it cannot be done.
     """
-    with _engine() as engine:
-        node_image(engine, sidecar.hub_answers())
+    if what == "up":
+        with engine.lock(), engine.kept() as client:
+            up(client)
+    elif what == "down":
+        with engine.lock():
+            for client in filter(None, (engine.find(), engine.own())):
+                down(client)
+            engine.stop()
+    else:
+        with engine.running() as client:
+            if what == "airgap":
+                airgap(client)
+            elif not node_of(client) and node_options(client) is None:
+                sys.exit(1)
 
 
 if __name__ == "__main__":
     try:
-        with sidecar.all_or_nothing():
-            {"up": up, "down": down, "airgap": airgap, "possible": possible}[sys.argv[1]]()
-    except SidecarError as error:
+        main(sys.argv[1])
+    except SetupError as error:
         sys.exit(f"cluster: {error}")
-    except subprocess.CalledProcessError as error:
-        sys.exit(f"cluster: {Path(error.cmd[0]).name} failed, see above")
+    except KeyboardInterrupt:
+        sys.exit("cluster: interrupted")

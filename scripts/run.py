@@ -1,7 +1,8 @@
-"""Run the flow in this process, on a daemon at tcp://localhost:2375: `make run`."""
+"""Run the flow in this process, on this machine's Docker engine: `make run`."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import uuid
@@ -10,29 +11,44 @@ from typing import Any
 import docker
 from prefect.engine.state import State
 
-from flows.docker_sidecar import flow
-from flows.parameters import fault
+from flows.parameters import validate_parameters
 from flows.tasks import LABEL
-from scripts import sidecar
+from scripts import engine
+
+JSON = ("ENVIRONMENT", "HOST_CONFIG", "TIME_LIMIT")
 
 
-def parameters() -> dict[str, str]:
-    """The flow's parameters from IMAGE and COMMAND; what is not set has the flow's default."""
-    found = {name.lower(): os.environ[name] for name in ("IMAGE", "COMMAND") if name in os.environ}
-    if what := fault(found):
-        sys.exit(f"run: {what}")
+def parameters() -> dict[str, Any]:
+    """The flow's parameters from the environment: IMAGE, COMMAND, and in JSON ENVIRONMENT, HOST_CONFIG, TIME_LIMIT.
+
+    COMMAND is a string, or a list in JSON. What is not set has the flow's default.
+    """
+    found: dict[str, Any] = {}
+    for name in ("IMAGE", "COMMAND", *JSON):
+        if (value := os.environ.get(name)) is None:
+            continue
+        found[name.lower()] = value
+        if name in JSON or (name == "COMMAND" and value.startswith("[")):
+            try:
+                found[name.lower()] = json.loads(value)
+            except ValueError as error:
+                sys.exit(f"run: {name} is not JSON: {error}")
+    if problem := validate_parameters(found):
+        sys.exit(f"run: {problem}")
     return found
 
 
-def run(daemon: docker.DockerClient, **parameters: Any) -> State:
-    """Run the flow with these parameters, and remove its container from the daemon."""
+def run(client: docker.DockerClient, **parameters: Any) -> State:
+    """Run the flow on the engine that DOCKER_HOST names, and remove its container."""
+    from flows.docker_sidecar import flow  # which reads DOCKER_HOST
+
     run_id = str(uuid.uuid4())
     try:
         state = flow.run(parameters=parameters, flow_run_id=run_id)
         assert state is not None  # None is for flows with a schedule
         return state
     finally:
-        for container in daemon.containers.list(all=True, filters={"label": f"{LABEL}={run_id}"}):
+        for container in client.containers.list(all=True, filters={"label": f"{LABEL}={run_id}"}):
             container.remove(force=True)
 
 
@@ -40,9 +56,9 @@ def main() -> None:
     """Run, show the logs, and exit with 0 if and only if the run succeeded."""
     given = parameters()
     try:
-        with sidecar.running() as daemon:
-            state = run(daemon, **given)
-    except sidecar.SidecarError as error:
+        with engine.running() as client:
+            state = run(client, **given)
+    except engine.SetupError as error:
         sys.exit(f"run: {error}")
     except KeyboardInterrupt:
         sys.exit("run: interrupted; nothing was left running")

@@ -13,8 +13,8 @@ import docker
 import pytest
 from docker.models.containers import Container
 
-from flows.settings import load_job_template
-from scripts import sidecar
+import scripts.engine
+from scripts.engine import DAEMON, REGISTRY_IMAGE
 from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
@@ -24,39 +24,42 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 LABELS = {"docker-sidecar-on-kubernetes": "test"}
 PREFECT = "prefecthq/prefect:1.4.1"
-SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]
-# Everything in one static or nearly static file: the smallest image that can run a command. The dind image has
-# it, whether it is the published one (Alpine) or the stand-in.
+# The smallest image that can run a command: the busybox of the dind image, whether that is the published one (Alpine,
+# where busybox needs musl) or the stand-in.
 BUSYBOX = "mkdir -p /t/bin /t/lib; cp /bin/busybox /t/bin/; cp /lib/ld-musl* /t/lib/; \
 busybox --list | while read -r a; do ln -s busybox /t/bin/$a; done; tar -C /t -c . | base64"
 
-
 # of a registry that asks for a password, which is the word "password"
 _USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
-SERVE = "exec $(command -v registry || command -v docker-registry) serve /etc/docker/registry/config.yml"
 
 
 @contextmanager
-def private_registry(engine: docker.DockerClient, **options: Any) -> Iterator[Container]:
-    """A registry, in a container on the engine, that lets in only user, with the password "password"."""
-    container = engine.containers.run(
-        "registry:2",
-        detach=True,
-        labels=LABELS,
-        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {SERVE}"],
+def private_registry(client: docker.DockerClient, **options: Any) -> Iterator[Container]:
+    """A registry, in a container on an engine, that lets in only user, with the password "password"."""
+    with container(
+        client,
+        REGISTRY_IMAGE,
+        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; exec registry serve /etc/distribution/config.yml"],
         environment={
             "REGISTRY_AUTH": "htpasswd",
             "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
             "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
         },
         **options,
-    )
+    ) as found:
+        wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
+        yield found
+
+
+@contextmanager
+def container(client: docker.DockerClient, image: str, command: list[str] | None = None, **options: Any) -> Iterator[Container]:
+    """A container that runs while the block lasts."""
+    found = client.containers.run(image, command, detach=True, labels=LABELS, **options)
     try:
-        wait_for(lambda: b"listening on" in container.logs(), "the registry listens", container.logs)
-        container.reload()
-        yield container
+        found.reload()
+        yield found
     finally:
-        container.remove(force=True, v=True)
+        found.remove(force=True, v=True)
 
 
 def login(password: str = "password") -> dict[str, str]:
@@ -65,18 +68,16 @@ def login(password: str = "password") -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def daemon() -> Iterator[docker.DockerClient]:
-    with sidecar.running() as client:
-        have(client, SIDECAR["image"], PREFECT)
+def engine() -> Iterator[docker.DockerClient]:
+    """This machine's Docker engine, with the images of the tests and a registry that has them."""
+    with scripts.engine.running() as client:
+        registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
+        scripts.engine.registry(client, DAEMON, PREFECT, REGISTRY_IMAGE)
         yield client
-        for container in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
-            container.remove(force=True, v=True)
-
-
-@pytest.fixture(scope="session")
-def engine(daemon: docker.DockerClient) -> docker.DockerClient:
-    """The engine of this machine, whose ports can be reached from here; where there is none, the daemon itself."""
-    return sidecar.engine()
+        for left in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
+            left.remove(force=True, v=True)
+        if not registry_was_there:
+            scripts.engine.remove_ours(client)
 
 
 def have(client: docker.DockerClient, *images: str) -> None:
@@ -87,9 +88,9 @@ def have(client: docker.DockerClient, *images: str) -> None:
             client.images.pull(image)
 
 
-def busybox(client: docker.DockerClient) -> str:
+def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox") -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
-    have(client, SIDECAR["image"])
-    output = client.containers.run(SIDECAR["image"], ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
-    client.api.import_image_from_data(base64.b64decode(output), "docker-sidecar-tests", "busybox", ["ENV PATH=/bin"])
-    return "docker-sidecar-tests:busybox"
+    have(client, DAEMON)
+    output = client.containers.run(DAEMON, ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
+    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin"])
+    return name

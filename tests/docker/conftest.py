@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import docker
 import pytest
+import requests
 from docker.models.containers import Container
 from prefect.engine.state import State
 
 from flows import docker_sidecar, tasks
 from scripts import run
-from tests.conftest import LABELS, busybox, have
+from scripts.engine import DAEMON, REGISTRY_IMAGE, connect, registry_address
+from tests.conftest import LABELS, PREFECT, busybox, container, have
 from tests.support.waiting import wait_for
 
-STORE = {"docker-sidecar-tests": {"bind": "/var/lib/registry"}}  # of the tests' registries
+STORE = {"docker-sidecar-tests-registry": {"bind": "/var/lib/registry"}}  # of the tests' registries
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,11 +34,11 @@ class Registry:
     """A registry of the tests' own, in a container on a client, which reaches it at its own localhost."""
 
     def __init__(self, client: docker.DockerClient, port: int) -> None:
-        have(client, "registry:2")
+        have(client, REGISTRY_IMAGE)
         self.client, self.address = client, f"localhost:{port}"
         ports = {"5000/tcp": ("127.0.0.1", port)}
         self.container: Container = client.containers.run(
-            "registry:2", detach=True, labels=LABELS, ports=ports, volumes=STORE
+            REGISTRY_IMAGE, detach=True, labels=LABELS, ports=ports, volumes=STORE
         )
         wait_for(lambda: b"listening on" in self.container.logs(), "the registry listens", self.container.logs)
 
@@ -51,6 +55,66 @@ class Registry:
         status, output = self.container.exec_run(["sh", "-euc", command])
         assert status == 0, output.decode()
         return str(output.decode())
+
+
+@dataclass
+class Daemon:
+    """A Docker daemon as the job templates have it, in a container of the engine."""
+
+    client: docker.DockerClient
+    url: str
+    container: Container
+
+
+@contextmanager
+def run_daemon(engine: docker.DockerClient, *arguments: str, **options: Any) -> Iterator[Daemon]:
+    """Run the templates' daemon, with its port on this machine's loopback interface only."""
+    network = engine.networks.create(f"docker-sidecar-tests-{uuid.uuid4().hex[:8]}", labels=LABELS)
+    try:
+        mirror = registry_address(engine, network.name)
+        # --tls=false: without it dockerd sleeps 15 s to warn of a port that only this network reaches
+        command = ["dockerd", "--host=tcp://0.0.0.0:2375", "--tls=false", f"--registry-mirror=http://{mirror}"]
+        with container(
+            engine,
+            DAEMON,
+            [*command, f"--insecure-registry={mirror}", *arguments],
+            environment={"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": "tcp://127.0.0.1:2375"},
+            network=network.name,
+            ports={"2375/tcp": ("127.0.0.1", None)},
+            privileged=True,
+            **options,
+        ) as found:
+            wait_for(lambda: found.attrs["NetworkSettings"]["Ports"] or found.reload(), "its port is known", found.logs)
+            url = "tcp://127.0.0.1:" + found.attrs["NetworkSettings"]["Ports"]["2375/tcp"][0]["HostPort"]
+            wait_for(lambda: answers(url), "dockerd answers", found.logs, 60)
+            yield Daemon(connect(url), url, found)
+    finally:
+        for each in engine.networks.get(network.id).containers:
+            network.disconnect(each, force=True)
+        network.remove()
+
+
+def answers(url: str) -> bool:
+    with suppress(docker.errors.DockerException, requests.RequestException):
+        return bool(connect(url))
+    return False
+
+
+@pytest.fixture(scope="session")
+def sidecar(engine: docker.DockerClient) -> Iterator[Daemon]:
+    """The daemon that the flow's runs use. Its store is kept for the next time."""
+    with run_daemon(engine, volumes={"docker-sidecar-tests-daemon": {"bind": "/var/lib/docker"}}) as found:
+        have(found.client, PREFECT)
+        for left in found.client.containers.list(all=True):  # by tests that were killed
+            left.remove(force=True, v=True)
+        yield found
+        for left in found.client.containers.list(all=True):
+            left.remove(force=True, v=True)
+
+
+@pytest.fixture(scope="session")
+def daemon(sidecar: Daemon) -> docker.DockerClient:
+    return sidecar.client
 
 
 @pytest.fixture(scope="session")
@@ -105,19 +169,18 @@ def logs() -> Iterator[list[tuple[str, str, str]]]:
 
 @pytest.fixture
 def flow_run(
-    daemon: docker.DockerClient, logs: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch
+    sidecar: Daemon,
+    daemon: docker.DockerClient,
+    logs: list[tuple[str, str, str]],
+    on: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Outcome]]:
     """Run the flow; afterwards there is nothing on the daemon but images and what was there before."""
     monkeypatch.setattr(tasks, "PULL_RETRY_SECONDS", (1, 1, 1))
+    on(sidecar.url)
     before = {container.id for container in daemon.containers.list(all=True)}
     yield lambda **parameters: Outcome(run.run(daemon, **parameters), logs)
     assert {container.id for container in daemon.containers.list(all=True)} <= before
-
-
-@pytest.fixture
-def limits(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
-    """Give the host configuration of the flow's container, as a user of CreateContainer does."""
-    return lambda host_config: monkeypatch.setattr(docker_sidecar.container_id, "host_config", host_config)
 
 
 @pytest.fixture

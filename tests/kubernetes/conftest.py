@@ -25,10 +25,11 @@ import urllib3
 from prefect.run_configs import KubernetesRun
 
 from flows.settings import PROJECT, load_job_template
-from scripts import cluster, sidecar
+import scripts.engine
+from scripts import cluster
 from tests.conftest import busybox
 from tests.support.prefect_api import FlowRun, PrefectAPI
-from tests.support.readme import command, commands
+from tests.support.pages import command, commands
 from tests.support.waiting import wait_for
 
 NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
@@ -74,8 +75,10 @@ class Namespace:
         return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
 
     def job_ended(self, run_id: str) -> tuple[str, datetime] | None:
-        """How a Job ended, Complete or Failed, and when that was seen."""
-        for seen, _, job in self.jobs.get(run_id, []):
+        """How a Job ended, Complete, Failed or DELETED, and when that was seen."""
+        for seen, event, job in self.jobs.get(run_id, []):
+            if event == "DELETED":
+                return event, seen
             for condition in job.status.conditions or []:
                 if condition.type in ("Complete", "Failed") and condition.status == "True":
                     return condition.type, seen
@@ -100,7 +103,8 @@ class Namespace:
         lines = []
         for pod in self.core.list_namespaced_pod(self.name).items:
             lines.append(f"pod {pod.metadata.name}: {pod.status.phase}")
-            for status in pod.status.container_statuses or []:
+            statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
+            for status in statuses:
                 state = {name: value for name, value in status.state.to_dict().items() if value}
                 lines.append(f"  {status.name}: {state}")
                 if not status.state.waiting:
@@ -116,11 +120,11 @@ class Namespace:
 @pytest.fixture(scope="session")
 def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
     """With the cluster; asked for and not to be had is a failure."""
-    was_up = cluster.KUBECONFIG.exists()
-    cluster.up()
+    was_up = bool(cluster.node_of(engine))
+    cluster.up(engine)
     yield engine
     if not was_up:
-        cluster.delete(engine)
+        cluster.down(engine)
 
 
 @pytest.fixture(scope="session")
@@ -165,7 +169,7 @@ def readme(
     (home / "kubectl").chmod(0o755)
     names = {
         "http://your-server:4200": api.url,
-        "registry.example.com/team/": f"{sidecar.REGISTRY}/",
+        "registry.example.com/team/": f"{scripts.engine.REGISTRY}/",
         "namespace flows": f"namespace {NAMESPACE}",
         "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
     }
@@ -197,7 +201,7 @@ def readme(
 def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterator[Namespace]:
     readme("kubectl create namespace")
     readme("kubectl label namespace")
-    found = Namespace(cluster.client(), NAMESPACE)
+    found = Namespace(cluster.api(), NAMESPACE)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
     found.core.delete_namespace(found.name)
@@ -235,13 +239,26 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    reference = f"{sidecar.REGISTRY}/busybox:1"
-    engine.images.get(busybox(engine)).tag(reference)
-    for line in engine.api.push(reference, stream=True, decode=True):
-        assert "error" not in line, line
-    engine.images.remove(reference)
-    address = sidecar.address_of(engine, "registry", cluster.NETWORK).partition("://")[2]
-    return f"{address}/busybox:1"
+    path = scripts.engine.push(engine, busybox(engine), "tests/busybox:1")
+    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{path}"
+
+
+@pytest.fixture(params=["docker_sidecar", "native_sidecar"])
+def template_name(request: pytest.FixtureRequest) -> str:
+    """Both templates in turn, for tests of what both promise."""
+    return str(request.param)
+
+
+@pytest.fixture
+def template(template_name: str) -> dict[str, Any]:
+    return load_job_template(template_name)
+
+
+def daemon_of(template: dict[str, Any]) -> dict[str, Any]:
+    """The container of a template that runs the Docker daemon."""
+    pod = template["spec"]["template"]["spec"]
+    [found] = [c for c in (*pod["containers"], *pod.get("initContainers", [])) if c["name"] == "dind-daemon"]
+    return found  # type: ignore[no-any-return]
 
 
 @dataclass

@@ -3,7 +3,7 @@
 # https://github.com/docker-library/docker (dockerd-entrypoint.sh, without TLS and rootless mode).
 set -eu
 
-echo "stand-in image: $(dockerd --version), built from Debian packages" >&2
+echo "a stand-in for the published image: $(dockerd --version)" >&2
 
 if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
     if [ -n "${DOCKER_TLS_CERTDIR-}" ]; then

@@ -1,0 +1,180 @@
+"""Stand-ins for images that a registry would have served, from Debian, PyPI and Go packages.
+
+Needs root on Debian, for mmdebstrap. README.md beside this file says what they are, and what they are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import docker
+from docker.errors import BuildError, ImageNotFound
+
+from scripts.engine import DAEMON, PREFECT, PROJECT, REGISTRY_IMAGE, SetupError, say
+
+HERE = Path(__file__).resolve().parent
+BASE = "docker-sidecar-airgap-base:bookworm"
+OLD_DAEMON = "docker:stable-dind"  # the published recipe's
+LABEL = "docker-sidecar-airgap.inputs"  # a hash of what an image was made from
+BUILD_MB = 3000  # the images, and what building them leaves behind until it is done
+CA_FOLDER = Path("/usr/local/share/ca-certificates")
+GO_MISSING = 3  # exit status of programs.sh
+
+
+def version(module: str, package: str) -> str:
+    """The version of a package that a module here asks for."""
+    [found] = re.findall(rf"^\t{package} (v\S+)", (HERE / module / "go.mod").read_text(), re.MULTILINE)
+    return str(found)
+
+
+KUBERNETES = version("kubernetes", "k8s.io/kubernetes")
+NODE = f"kindest/node:{KUBERNETES}-airgap"
+ENGINE_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
+NODE_PROGRAMS = ("coredns", "crictl", "kubeadm", "kubectl", "kubelet", "host-local", "loopback", "portmap", "ptp")
+CONTROL_PLANE_PROGRAMS = ("coredns", "etcd", "kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler")
+
+
+def programs(module: str, optional: bool = False) -> Path | None:
+    """The folder with a module's programs, which are built if they are not there.
+
+    Args:
+        module: the name of a folder beside this file that has a go.mod.
+        optional: whether None is returned if there is no Go to build them with.
+
+    Raises:
+        SetupError: if they cannot be built.
+    """
+    done = subprocess.run([HERE / "programs.sh", module], stdout=subprocess.PIPE, text=True)
+    if optional and done.returncode == GO_MISSING:
+        return None
+    if done.returncode != 0:
+        raise SetupError(f"the programs of scripts/airgap/{module} cannot be built, see above")
+    return Path(done.stdout.strip())
+
+
+def control_plane_images() -> list[str]:
+    """The images that kubeadm starts a cluster with."""
+    command = [f"{programs('kubernetes')}/kubeadm", "config", "images", "list", "--kubernetes-version", KUBERNETES]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
+def build(client: docker.DockerClient, name: str) -> None:
+    """Build the stand-in for an image, unless it is there already, made from what it would be made from now.
+
+    Raises:
+        SetupError: if there is no stand-in for it, or it cannot be built.
+    """
+    if name in PREFECT:
+        files = {"prefect-entrypoint.sh": HERE / "prefect-entrypoint.sh", "requirements.txt": PROJECT / "requirements.txt"}
+        _build(client, PREFECT, "prefect.Dockerfile", files)
+    elif name in (DAEMON, OLD_DAEMON):
+        files = {file: HERE / file for file in ("dockerd-entrypoint.sh", "runc-drop-missing-caps")}
+        folder = programs("docker", optional=True) if name == DAEMON else None
+        if folder:
+            files |= {f"bin/{program}": folder / program for program in (*ENGINE_PROGRAMS, "dockerd", "docker-proxy")}
+        _build(client, [name], "dind.Dockerfile", files)
+    elif name == REGISTRY_IMAGE:
+        folder = programs("docker", optional=True)
+        _build(client, [name], "registry.Dockerfile", {"bin/registry": folder / "registry"} if folder else {})
+    elif name == NODE:
+        kubernetes, engine = Path(f"{programs('kubernetes')}"), Path(f"{programs('docker')}")
+        files = {f"bin/{program}": kubernetes / program for program in CONTROL_PLANE_PROGRAMS}
+        _build(client, control_plane_images(), "control-plane.Dockerfile", files)
+        files = {f"bin/{program}": kubernetes / program for program in NODE_PROGRAMS}
+        files |= {f"bin/{program}": engine / program for program in ENGINE_PROGRAMS}
+        files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
+        _build(client, [NODE], "node.Dockerfile", files)
+    else:
+        raise SetupError(f"{name} cannot be pulled, and nothing here stands in for it")
+
+
+def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]) -> None:
+    """Build one image from files, by the path that they have in the context, and give it these names."""
+    _build_base(client)
+    files = {"Dockerfile": HERE / dockerfile, **files}
+    inputs = _hash([inputs_of(client, BASE), *_contents(files)])
+    source = next((name for name in names if inputs_of(client, name) == inputs), None)
+    if source is None:
+        source = names[0]
+        _check_space(client)
+        say(f"{source}: building a stand-in (about a minute)")
+        labels = {
+            "org.opencontainers.image.description": "A stand-in, not the published image: see scripts/airgap/README.md",
+            LABEL: inputs,
+        }
+        with tempfile.TemporaryDirectory() as context:
+            Path(context, "bin").mkdir()
+            for name, path in files.items():
+                Path(context, name).parent.mkdir(exist_ok=True)
+                shutil.copy(path, Path(context, name))
+            try:
+                # the builder's own network may not exist, or not reach what the machine reaches
+                client.images.build(
+                    path=context, tag=source, labels=labels, buildargs={"BASE": BASE}, network_mode="host",
+                    rm=True, forcerm=True,
+                )  # fmt: skip
+            except BuildError as error:
+                log = "".join(part.get("stream", "") for part in error.build_log)
+                raise SetupError(f"{source}: {error}; the end of the build's log:\n{log[-3000:]}") from None
+    for name in names:
+        client.images.get(source).tag(*name.rsplit(":", 1))
+
+
+def _contents(files: Mapping[str, Path]) -> Iterable[str]:
+    for name, path in sorted(files.items()):
+        is_program = name.startswith("bin/")  # whose folder has a hash of its sources in its name
+        yield f"{name} {path.parent.name if is_program else hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def _build_base(client: docker.DockerClient) -> None:
+    """Import the Debian system on which every image here is built."""
+    bootstrap = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=ca-certificates"]
+    bootstrap += [f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")]
+    if CA_FOLDER.is_dir():  # else no build gets past a proxy that only this machine trusts
+        bootstrap += [f"--customize-hook=copy-in {CA_FOLDER} {CA_FOLDER.parent}"]
+    bootstrap += ['--customize-hook=chroot "$1" update-ca-certificates >/dev/null 2>&1']
+    bootstrap += ['--customize-hook=rm -f "$1/etc/resolv.conf" "$1/etc/hostname"']
+    inputs = _hash(bootstrap)
+    if inputs_of(client, BASE) == inputs:
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise SetupError(
+            "Docker Hub is out of reach, and stand-ins for its images are built on Debian, as root. Run this there, "
+            'or give your Docker engine a mirror ("registry-mirrors" in its daemon.json)'
+        )
+    _check_space(client)
+    if shutil.which("mmdebstrap") is None:
+        subprocess.run([PROJECT / "scripts" / "apt-install.sh", "mmdebstrap"], check=True)
+    say(f"{BASE}: bootstrapping Debian (about 30 s)")
+    with tempfile.TemporaryDirectory() as folder:
+        tar = Path(folder, "base.tar")
+        subprocess.run([*bootstrap, "bookworm", str(tar)], check=True, stdout=sys.stderr)
+        client.api.import_image_from_file(str(tar), *BASE.split(":"), changes=[f"LABEL {LABEL}={inputs}"])
+    client.images.get(BASE)  # a failed import is reported in the body of a 200, so look
+
+
+def inputs_of(client: docker.DockerClient, name: str) -> str | None:
+    """The hash of what a stand-in was made from; None if the image is not there, or not a stand-in."""
+    try:
+        return client.images.get(name).labels.get(LABEL)  # type: ignore[no-any-return]
+    except ImageNotFound:
+        return None
+
+
+def _hash(lines: Iterable[object]) -> str:
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
+
+
+def _check_space(client: docker.DockerClient) -> None:
+    root = Path(client.info()["DockerRootDir"])
+    free = shutil.disk_usage(root).free // 2**20 if root.is_dir() else BUILD_MB
+    if free < BUILD_MB:
+        raise SetupError(f"building images needs {BUILD_MB} MB in {root}, which has {free} MB; free some")

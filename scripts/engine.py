@@ -1,0 +1,307 @@
+"""The Docker engine that a local run uses: the user's own, or one that is started for as long as it is needed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import docker
+import psutil
+import requests
+from docker.context import ContextAPI
+from docker.errors import DockerException, ImageNotFound, NotFound
+
+from flows.settings import PROJECT, load_job_template
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
+HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log
+SOCKET = f"unix://{HOME}/docker.sock"
+NAME = "docker-sidecar"
+LABELS = {"docker-sidecar-on-kubernetes": "make"}  # of containers and networks started here
+REGISTRY = "localhost:5001"  # the local registry, to push to and as a mirror of Docker Hub
+REGISTRY_IMAGE = "registry:3"
+# as the flow, the flow's image and the Agent's manifest name it
+PREFECT = tuple(f"prefecthq/prefect:1.4.1{python}" for python in ("", "-python3.10", "-python3.7"))
+DAEMON = str(load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"][0]["image"])
+START_SECONDS = 60
+ANSWER_SECONDS, WORK_SECONDS = 5, 600  # how long to wait for a sign of life, and for a build
+
+_started: list[subprocess.Popen[bytes]] = []  # kept, for a Popen that is forgotten warns that its process goes on
+
+
+class SetupError(RuntimeError):
+    """Something that is needed is not to be had; the message says why and what to do."""
+
+
+def say(message: str) -> None:
+    """Tell the user what is done, and how long it takes."""
+    print(f"engine: {message}", flush=True)
+
+
+def connect(url: str, **options: Any) -> docker.DockerClient:
+    """A client of the Docker engine at a URL.
+
+    Raises:
+        DockerException, requests.RequestException: if none answers.
+    """
+    client = docker.DockerClient(url, timeout=ANSWER_SECONDS, **options)
+    client.ping()
+    client.api.timeout = WORK_SECONDS
+    return client
+
+
+def find() -> docker.DockerClient | None:
+    """The user's engine, as `docker` finds it: DOCKER_HOST, the current Docker context, the usual socket."""
+    in_environment = bool(os.environ.get("DOCKER_HOST"))
+    options = docker.utils.kwargs_from_env() if in_environment else ContextAPI.kwargs_from_context()
+    return _try(**options)
+
+
+def _try(base_url: str, tls: Any = None) -> docker.DockerClient | None:
+    """An engine if it answers; programs that are started from here, and the flow, then use it as well."""
+    try:
+        client = connect(base_url, **({"tls": tls} if tls else {}))
+    except (DockerException, requests.RequestException):
+        return None
+    os.environ["DOCKER_HOST"] = base_url
+    if tls and tls.cert:
+        os.environ.update(DOCKER_TLS_VERIFY="1", DOCKER_CERT_PATH=str(Path(tls.cert[0]).parent))
+    return client
+
+
+def own() -> docker.DockerClient | None:
+    """The engine that was started here, if it runs."""
+    return _try(SOCKET)
+
+
+@contextmanager
+def running() -> Iterator[docker.DockerClient]:
+    """An engine for as long as the block lasts: the user's, or one that ends with the block.
+
+    Raises:
+        SetupError: if there can be none.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    if client := find():
+        yield client
+        return
+    with lock(), kept() as client:
+        try:
+            yield client
+        finally:
+            if _started:
+                stop()
+
+
+@contextmanager
+def kept() -> Iterator[docker.DockerClient]:
+    """An engine that stays after the block, unless the block fails and the engine was started for it.
+
+    Raises:
+        SetupError: if there can be none.
+    """
+    signal.signal(signal.SIGTERM, _interrupt)
+    client = find() or own() or start()
+    try:
+        yield client
+    except BaseException:
+        if _started:
+            stop()
+        raise
+
+
+@contextmanager
+def lock() -> Iterator[None]:
+    """Nobody else starts or stops what is shared while the block lasts."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say("waiting for another `make` of this project to end")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def start() -> docker.DockerClient:
+    """Start dockerd on a unix socket, and where Docker Hub is out of reach, a mirror of it with stand-in images.
+
+    Raises:
+        SetupError: if it cannot be started; then what was there before is as it was.
+    """
+    if sys.platform != "linux" or os.geteuid() != 0:
+        raise SetupError(
+            "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST. "
+            "Only as root on Linux is one started for you"
+        )
+    if not shutil.which("dockerd"):
+        if not shutil.which("apt-get"):
+            raise SetupError("no Docker engine answers, and there is no dockerd to start: install Docker")
+        say("installing dockerd from the Debian package docker.io (about 30 s)")
+        if subprocess.run([PROJECT / "scripts" / "apt-install.sh", "docker.io"]).returncode != 0:
+            raise SetupError("no Docker engine answers, and dockerd cannot be installed, see above")
+        if client := find():  # with an init system, the package starts it
+            return client
+    HOME.mkdir(parents=True, exist_ok=True)
+    log = HOME / "dockerd.log"
+    (HOME / "daemon.json").write_text("{}")  # not the one of another engine on this machine
+    command = ["dockerd", f"--host={SOCKET}", f"--config-file={HOME}/daemon.json", f"--pidfile={HOME}/dockerd.pid"]
+    command += [f"--data-root={HOME}/data", f"--exec-root={HOME}/exec", f"--registry-mirror=http://{REGISTRY}"]
+    command += [f"--add-runtime=careful={PROJECT}/scripts/airgap/runc-drop-missing-caps", "--default-runtime=careful"]
+    say(f"starting dockerd (its log: {log})")
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    _started.append(process)
+    try:
+        client = wait_until(lambda: own() or process.poll() is not None, "dockerd answers")
+        if process.poll() is not None:
+            raise SetupError(f"dockerd cannot be started. The end of its log:\n{log.read_text()[-1500:]}")
+        if not can_pull(client, PREFECT[0]):
+            say("Docker Hub is out of reach: a local registry with stand-in images takes its place")
+            registry(client, PREFECT[0])
+    except BaseException:
+        stop()
+        raise
+    return client
+
+
+def stop() -> None:
+    """Stop the dockerd that start() has started, with its containers. Images stay, for the next time."""
+    with suppress(OSError, ValueError, psutil.Error):
+        process = psutil.Process(int((HOME / "dockerd.pid").read_text()))
+        if f"--pidfile={HOME}/dockerd.pid" in process.cmdline():
+            with suppress(DockerException, requests.RequestException):
+                remove_ours(connect(SOCKET))
+            process.terminate()
+            psutil.wait_procs([process], timeout=START_SECONDS)
+            say("dockerd has ended")
+    while _started:
+        _started.pop().wait()
+    for mount in reversed(psutil.disk_partitions(all=True)):
+        if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one
+            subprocess.run(["umount", mount.mountpoint], check=True)
+
+
+def remove_ours(client: docker.DockerClient) -> None:
+    """Remove the containers and networks that were started here. Volumes stay, for the next time."""
+    ours: dict[str, Any] = {"label": [f"{key}={value}" for key, value in LABELS.items()]}
+    for container in client.containers.list(all=True, filters=ours):
+        container.remove(force=True)
+    for network in client.networks.list(filters=ours):
+        network.remove()
+
+
+def can_pull(client: docker.DockerClient, image: str) -> bool:
+    """Whether an engine reaches a registry that has an image: its own network, mirrors and proxies decide."""
+    try:
+        client.images.get_registry_data(image)
+    except (DockerException, requests.RequestException):
+        return False
+    return True
+
+
+def provide(client: docker.DockerClient, *names: str) -> None:
+    """Have images on an engine: those that it has, else from their registry, else stand-ins.
+
+    Raises:
+        SetupError: if an image is not to be had.
+    """
+    from scripts.airgap import images  # it needs this module
+
+    for name in names:
+        try:
+            client.images.get(name)
+        except ImageNotFound:
+            with suppress(DockerException, requests.RequestException):
+                client.images.pull(name)
+                continue
+            images.build(client, name)
+        else:
+            if images.inputs_of(client, name):
+                images.build(client, name)  # again, if what it is made from has changed
+
+
+def registry(client: docker.DockerClient, *names: str) -> None:
+    """Have a registry at localhost:5001, which also serves images under the names that they have elsewhere.
+
+    Raises:
+        SetupError: if it does not answer, or an image is not to be had.
+    """
+    provide(client, REGISTRY_IMAGE, *names)
+    try:
+        client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
+    except NotFound:
+        client.containers.run(
+            REGISTRY_IMAGE,
+            name=f"{NAME}-registry",
+            detach=True,
+            labels=LABELS,
+            ports={"5000/tcp": ("127.0.0.1", int(REGISTRY.partition(":")[2]))},
+            volumes={f"{NAME}-registry": {"bind": "/var/lib/registry"}},
+        )
+
+    def answers() -> bool:
+        with suppress(requests.RequestException), requests.Session() as session:
+            session.trust_env = False
+            return session.get(f"http://{REGISTRY}/v2/", timeout=ANSWER_SECONDS).ok
+        return False
+
+    wait_until(answers, f"the local registry answers at {REGISTRY}; is another program on that port?")
+    for name in names:
+        push(client, name)
+
+
+def push(client: docker.DockerClient, name: str, path: str = "") -> str:
+    """Push an image of the engine to the local registry, and return its path there.
+
+    Raises:
+        SetupError: if that fails.
+    """
+    repository, tag = (path or name).rsplit(":", 1)
+    repository = repository.replace("registry.k8s.io/", "") if "/" in repository else f"library/{repository}"
+    client.images.get(name).tag(f"{REGISTRY}/{repository}", tag)
+    try:
+        for line in client.api.push(f"{REGISTRY}/{repository}", tag, stream=True, decode=True):
+            if "error" in line:  # in the body of a 200
+                raise SetupError(f"pushing {name} to {REGISTRY}: {line['error']}")
+    finally:
+        client.images.remove(f"{REGISTRY}/{repository}:{tag}")
+    return f"{repository}:{tag}"
+
+
+def registry_address(client: docker.DockerClient, network: str) -> str:
+    """The local registry's address and port in a network of the engine."""
+    container, found = client.containers.get(f"{NAME}-registry"), client.networks.get(network)
+    if container.id not in found.attrs["Containers"]:
+        found.connect(container)
+        found.reload()
+    return "{}:5000".format(found.attrs["Containers"][container.id]["IPv4Address"].split("/")[0])
+
+
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:
+    """Wait for a condition, and return what it returned.
+
+    Raises:
+        SetupError: if it does not come.
+    """
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise SetupError(f"not within {seconds:g} s: {what}")
+        time.sleep(0.1)
+    return found
+
+
+def _interrupt(*_: object) -> None:
+    """Treat SIGTERM like Ctrl-C, so that cleanup runs; make sends another, which must not interrupt it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
