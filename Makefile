@@ -1,13 +1,17 @@
-# Every habit is a target. `make` alone lists them.
+# Run `make` to list the targets.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-kubernetes lint bench docs sidecar-up sidecar-down cluster-up cluster-down airgap preflight lock clean
+.PHONY: help run test test-unit test-kubernetes lint bench cluster-up cluster-down airgap preflight lock clean
 
 BIN := .venv/bin
 
-ifdef COMMAND # make would take a $ in it for a variable of its own
-override COMMAND := $(value COMMAND)
-export COMMAND
+# hand these on as they are written: make would take a $ in them for a variable of its own
+define as_written
+ifdef $(1)
+override $(1) := $$(value $(1))
+export $(1)
 endif
+endef
+$(foreach name,COMMAND ENVIRONMENT HOST_CONFIG,$(eval $(call as_written,$(name))))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,57 +19,48 @@ help: ## list the targets
 .venv/ready: requirements-dev.txt scripts/setup.sh
 	@scripts/setup.sh
 
-run: .venv/ready ## run the flow on a Docker daemon of its own; IMAGE=… COMMAND=… run anything
+run: .venv/ready ## run the flow on your Docker engine; IMAGE=… COMMAND=… ENVIRONMENT=… HOST_CONFIG=… TIME_LIMIT=…
 	@$(BIN)/python -m scripts.run
 
-test: lint ## lint, and all tests that this machine can run
+test: lint ## lint, and run all tests that this machine can run
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest; \
 	else echo 'The cluster tests are left out: `make airgap` enables them.'; $(BIN)/pytest tests/unit tests/docker; fi
 
-test-unit: .venv/ready ## the tests that need no Docker daemon
+test-unit: .venv/ready ## run the tests that need no Docker engine
 	@$(BIN)/pytest tests/unit
 
-test-kubernetes: .venv/ready ## the tests on a kind cluster; without one they fail
+test-kubernetes: .venv/ready ## run the tests on a kind cluster; without one they fail
 	@$(BIN)/pytest tests/kubernetes
 
-lint: .venv/ready ## ruff, mypy, yamllint, shellcheck, hadolint, zizmor, codespell
+lint: .venv/ready ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and codespell
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy flows
+	@$(BIN)/mypy flows scripts
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck .ci/run $$(git ls-files '*.sh')
-	@$(BIN)/hadolint Dockerfile
+	@$(BIN)/shellcheck .ci/run scripts/airgap/node/init scripts/airgap/runc-drop-missing-caps $$(git ls-files '*.sh')
+	@$(BIN)/hadolint Dockerfile scripts/airgap/*.Dockerfile
 	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
-	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*')
+	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*' ':!*go.sum' ':!*go.mod')
 
-bench: .venv/ready ## measure what it costs, into docs/benchmarks.md (8 min; with a kind cluster, 12 more)
+bench: .venv/ready ## measure what the sidecar costs, into docs/benchmarks.md (10 min; with a cluster, 45 more)
 	@$(BIN)/python -m scripts.bench
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest tests/kubernetes/bench_cluster.py; \
 	else echo 'The measurements on a cluster are left out: `make airgap` enables them.'; fi
 
-docs: .venv/ready ## draw the pictures in docs/ (needs Graphviz)
-	@$(BIN)/python -m scripts.pictures
-
-sidecar-up: .venv/ready ## start the Docker daemon that `make run` uses, and keep it
-	@$(BIN)/python -m scripts.sidecar up
-
-sidecar-down: .venv/ready ## stop it
-	@$(BIN)/python -m scripts.sidecar down
-
-cluster-up: .venv/ready ## start a kind cluster, with its own kubeconfig and a local registry
+cluster-up: .venv/ready ## start a kind cluster, with its own kubeconfig and a local registry (about a minute)
 	@$(BIN)/python -m scripts.cluster up
 
-cluster-down: .venv/ready ## delete it
+cluster-down: .venv/ready ## delete the cluster
 	@$(BIN)/python -m scripts.cluster down
 
-airgap: .venv/ready ## where Docker Hub is out of reach: build all images, Kubernetes too (about 6 min, once)
+airgap: .venv/ready ## without Docker Hub: build all images, Docker and Kubernetes from source (about 15 min, once)
 	@$(BIN)/python -m scripts.cluster airgap
 
-preflight: .venv/ready ## is all there to register and run on Kubernetes? NAMESPACE=… PROJECT=… changes nothing
+preflight: .venv/ready ## check the setup for Kubernetes; changes nothing; NAMESPACE=… SERVICE_ACCOUNT=… PROJECT=…
 	@$(BIN)/python -m scripts.preflight
 
-lock: .venv/ready ## renew requirements.txt and requirements-dev.txt
+lock: .venv/ready ## update requirements.txt and requirements-dev.txt
 	@scripts/lock.sh
 
-clean: .venv/ready cluster-down ## end all that runs, and remove .venv and all that is kept for the next time
-	@$(BIN)/python -m scripts.sidecar clean
+clean: .venv/ready ## stop everything; remove .venv and caches
+	@$(BIN)/python -m scripts.cluster clean
 	@rm -rf .venv

@@ -1,17 +1,19 @@
-"""Docker Sidecar on Kubernetes: pull an image and run a container from it, on a Docker daemon of one's own.
+"""Docker Sidecar on Kubernetes: pull an image and run a container from it, on a Docker daemon of the run's own.
 
 A Kubernetes Agent makes a Job from the job template, and puts this flow into the first container of its pod.
-The second one is the Docker daemon, which the tasks below find at ``tcp://localhost:2375``.
+A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
 
-``prefect register -m flows.docker_sidecar`` registers it; ``make run`` runs it here and now.
+``prefect register -m flows.docker_sidecar`` registers the flow; ``make run`` runs it on this machine.
 """
+
+import os
 
 from prefect import Flow, Parameter
 from prefect.run_configs import KubernetesRun
 from prefect.storage import Docker
 from prefect.triggers import always_run
 
-from flows.parameters import refuse_faulty_parameters
+from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
 from flows.tasks import (
     CreateContainer,
@@ -19,32 +21,39 @@ from flows.tasks import (
     PullImage,
     StartContainer,
     WaitOnContainer,
-    fail_with_the_cause,
+    fail_with_cause,
+    start_over_after_restart,
 )
 
 settings = Settings.from_environ()
+docker_server_url = os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"
 
-# One registration serves any container: these can be given to every run.
+# Each run can have its own container: these are the run's parameters.
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
 environment = Parameter("environment", default=None)
-time_limit = Parameter("time_limit", default=None)  # seconds
+host_config = Parameter("host_config", default=None)  # https://docker-py.readthedocs.io, create_host_config()
+time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
 
-# Prefect's Docker tasks would use the local socket; each is told where the sidecar listens.
-pull_image = PullImage(docker_server_url="tcp://localhost:2375")
-create_container = CreateContainer(docker_server_url="tcp://localhost:2375")
-start_container = StartContainer(docker_server_url="tcp://localhost:2375")
-wait_on_container = WaitOnContainer(docker_server_url="tcp://localhost:2375")
+# The default of Prefect's Docker tasks is the local socket, so each task is told where the daemon is.
+pull_image = PullImage(docker_server_url=docker_server_url)
+create_container = CreateContainer(docker_server_url=docker_server_url)
+start_container = StartContainer(docker_server_url=docker_server_url)
+wait_on_container = WaitOnContainer(docker_server_url=docker_server_url)
 # `always_run`: the output of a container that failed is what people want to read
-get_logs = GetContainerLogs(docker_server_url="tcp://localhost:2375", trigger=always_run)
+get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_run)
 
 with Flow(
-    "Docker sidecar example", state_handlers=[refuse_faulty_parameters], terminal_state_handler=fail_with_the_cause
+    "Docker sidecar example",
+    state_handlers=[fail_on_invalid_parameters, start_over_after_restart],
+    terminal_state_handler=fail_with_cause,
 ) as flow:
     pulled = pull_image(repository=image)
-    container_id = create_container(image_name=image, command=command, environment=environment, upstream_tasks=[pulled])
+    container_id = create_container(
+        image_name=image, command=command, environment=environment, host_config=host_config, upstream_tasks=[pulled]
+    )
     started = start_container(container_id=container_id)
-    # upstream_tasks: what has to be over first, without handing on a result
+    # upstream_tasks: they run first, and hand on no result
     status_code = wait_on_container(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
     logs = get_logs(container_id=container_id, upstream_tasks=[status_code])
 

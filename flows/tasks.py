@@ -1,327 +1,477 @@
-"""The recipe's five Docker tasks, as subclasses of Prefect's where those fall short.
+"""Prefect's five Docker tasks, with clear failures, live output and bounded memory.
 
-All of them fail with Docker's own words as the state's message, which Prefect logs once and without a
-traceback, and hand the message of a failed task on to those that come after it, so that the run ends with
-its cause.
+Each task takes the arguments of Prefect's task of that name, by position or by name, in the constructor or at the
+call. They differ from Prefect's in this: an error of Docker or of the connection is one FAIL with its cause in place
+of a DockerException, and a task after a failed one ends with the message of the failed one.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import itertools
+import os
+import queue
 import re
 import signal
 import threading
 import time
+import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import Any, Optional
+from urllib.parse import urlsplit
 
 import docker
+import docker.utils
 import pendulum
 import prefect
 import requests
-from docker.errors import APIError, DockerException
+import urllib3
+from docker.errors import APIError, DockerException, InvalidConfigFile, NotFound
+from docker.utils.config import find_config_file
 from prefect.engine import signals
-from prefect.engine.state import Failed, State
+from prefect.engine.state import Failed, Pending, Queued, State
 from prefect.tasks import docker as prefect_docker
-from prefect.utilities.tasks import defaults_from_attrs
 
-from flows.output import Batch, frames
+from flows.output import STDOUT, SYSTEM, Batch, follow
+from flows.parameters import abbreviated, environment_strings
 
-STOP_GRACE_SECONDS = 5
-"""How long an interrupted container has between SIGTERM and SIGKILL."""
+DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
+PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
+PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
+PROGRESS_SECONDS = 5  # how often a pull reports its progress
+FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs
+OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
+STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
+LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
+LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 
-PULL_RETRY_SECONDS = (3, 10, 30)
-"""The pauses before a pull is tried again; their number is the number of retries."""
+SOCKET = "unix:///var/run/docker.sock"
+Options = Optional[dict[str, Any]]
 
-PROGRESS_SECONDS = 5
-"""How often a pull reports its progress."""
-
-FLUSH_SECONDS = 1
-"""How often a running container's output is written to the run's logs."""
-
-LOG_BYTES, LOG_LINES = 1 << 20, 10_000
-"""How much of a container's output GetContainerLogs returns, counted from its end."""
-
-LABEL = "prefect.flow-run-id"
-"""The label that says which flow run a container belongs to."""
-
-# What a registry or daemon says when another try would end the same way.
-_FINAL = re.compile(
-    r"not found|manifest unknown|no matching manifest|unknown blob|denied|unauthorized|authentication required"
-    r"|no basic auth|invalid reference|unsupported|no space left",
-    re.IGNORECASE,
+_QUOTES = "'\")"  # at the end of a message of requests
+_ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
+# Words of Docker 20.10 and 29, without the names of images, hosts and files around them. Transient ones win.
+_NAMES = r'"[^"]*"|\bfor \S+|\S*[/%@.:]\w\S*'
+_TRANSIENT = r"(?i)(?<!\S)(429|50[0-4])\b|too ?many ?requests|time(d )?out|connection (refused|reset)|\bEOF\b"
+_DENIED = r"(?i)(?<!permission )denied|unauthorized|authentication required|basic auth|insufficient_scope"
+_PERMANENT = (
+    r"(?i)not found|(manifest|name) unknown|unknown blob|no matching manifest|forbidden|bad request|invalid reference"
+    r"|unsupported|no space left|permission denied|x509|\btls: |HTTP response to HTTPS client"
 )
 
-_CREDENTIALS = re.compile(r"denied|unauthorized|authentication required|no basic auth", re.IGNORECASE)
-_REMEDY = (
-    " (if it is a private image: `docker login`, or on Kubernetes a Secret named docker-sidecar of type "
-    "kubernetes.io/dockerconfigjson)"
-)
 
-_Errors = (DockerException, requests.RequestException)
-
-
-def stop_at_the_cause(upstream_states: Mapping[Any, State]) -> bool:
-    """Trigger: run if all upstream tasks succeeded; otherwise fail with the first one's message.
-
-    Prefect's ``all_successful`` says only that some upstream task failed.
-
-    Raises:
-        TRIGGERFAIL: with the message of a failed upstream state.
-    """
+def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> bool:
+    """Trigger: run if all upstream tasks succeeded. Otherwise fail with the message of the first one that did not."""
     for state in upstream_states.values():
         if not state.is_successful():
             raise signals.TRIGGERFAIL(state.message)
     return True
 
 
-def fail_with_the_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
+def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
     """Terminal state handler: a failed run's message is its cause, not "some reference tasks failed"."""
     causes = sorted({str(task.message) for task in reference_states if task.is_failed()})
     return Failed("; ".join(causes), result=state.result) if state.is_failed() else None
 
 
-def _words(error: Exception, docker_server_url: str) -> str:
-    """What went wrong, in Docker's own words where there are any."""
+def start_over_after_restart(flow: prefect.Flow, old: State, new: State) -> State | None:
+    """State handler of the flow: a restarted run runs all of its tasks again.
+
+    Prefect keeps tasks that had succeeded, but the image and the container went with the daemon of the first pod.
+    The state Queued makes Prefect read the states of the tasks again, and go on in this process.
+    """
+    if not new.is_running() or not prefect.context.get("running_with_backend"):
+        return None
+    client = prefect.Client()
+    runs = client.get_flow_run_info(prefect.context.flow_run_id).task_runs
+    if not any(run.state.is_finished() for run in runs):
+        return None
+    prefect.context.logger.info("The run was restarted and has a new Docker daemon: all tasks run again")
+    for run in runs:
+        client.set_task_run_state(run.id, Pending("The run was restarted"))
+    return Queued("The run was restarted", state=old)
+
+
+def _unreachable(error: Exception) -> bool:
+    cause = error.__cause__ or error
+    return not isinstance(error, APIError) and isinstance(cause, (OSError, urllib3.exceptions.HTTPError))
+
+
+def error_message(error: Exception, docker_server_url: str) -> str:
+    """Docker's own words, or why the daemon does not answer."""
     if isinstance(error, APIError):
         return str(error.explanation or error)
-    cause = str(error).replace("Error while fetching server API version: ", "")
-    return f"the Docker daemon at {docker_server_url} does not answer ({cause})"
+    if not _unreachable(error):
+        return str(error)
+    *_, reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))
+    return f"the Docker daemon at {docker_server_url} does not answer ({reason.rstrip(_QUOTES)})"
+
+
+@contextmanager
+def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
+    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why."""
+    try:
+        yield
+    except (*_ERRORS, TypeError, ValueError) as error:
+        raise signals.FAIL(f"{what}: {abbreviated(error_message(error, docker_server_url), 500)}") from None
+
+
+def _bypass_proxy(docker_server_url: str) -> None:
+    """Never ask a proxy for a daemon on this machine: add its host to the variable that requests reads."""
+    address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
+    host = address.hostname or "localhost"  # a socket has none
+    local = re.match(r"(localhost|127\..*|::1|0\.0\.0\.0)$", host)
+    if local and requests.utils.get_environ_proxies(f"http://{address.netloc or host}"):
+        for name in [name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)] or ["no_proxy"]:
+            if os.environ.get(name) != "*":
+                os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
+
+
+def connect(docker_server_url: str, logger: Any = None) -> docker.APIClient:
+    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST.
+
+    With a logger, wait up to DAEMON_SECONDS for a daemon that is starting, and say so once.
+    """
+    _bypass_proxy(docker_server_url)
+    tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
+    options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
+    deadline, waiting = time.monotonic() + DAEMON_SECONDS, False
+    while True:
+        try:
+            return docker.APIClient(**options)
+        except (AttributeError, InvalidConfigFile, LookupError, TypeError, ValueError) as error:
+            raise DockerException(f"{find_config_file()!r} is no valid Docker configuration ({error})") from None
+        except DockerException as error:
+            if logger is None or not _unreachable(error):
+                raise
+            if time.monotonic() > deadline:
+                message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
+                raise DockerException(f"{message}; see its log (in a pod: of the container dind-daemon)") from None
+        if not waiting:
+            logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}")
+        waiting = True
+        time.sleep(0.1)
 
 
 class _DockerTask(prefect.Task):
-    """What the five tasks share."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("trigger", all_successful_or_first_failure)
+        super().__init__(*args, **kwargs)
 
-    def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("trigger", stop_at_the_cause)
-        super().__init__(**kwargs)
 
-    @contextmanager
-    def failing(self, what: str, docker_server_url: str) -> Iterator[None]:
-        """Turn an error of Docker or of the connection into one message: ``what``, and why."""
-        try:
-            yield
-        except (*_Errors, ValueError) as error:
-            why = str(error) if type(error) is ValueError else _words(error, docker_server_url)
-            raise signals.FAIL(f"{what}: {why}") from None
+def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``run``: the constructor's arguments are its defaults, and an error is a FAIL that says ``what``."""
+
+    def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
+        names = list(inspect.signature(run).parameters)[1:]
+
+        @functools.wraps(run)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
+            if not given[required]:
+                raise ValueError(f"{type(self).__name__}: {required} must be provided.")
+            with docker_errors_as_failures(what, given["docker_server_url"]):
+                return run(self, **given)
+
+        return method
+
+    return decorate
+
+
+class _Progress:
+    """What the events of a pull say. An event may lack anything."""
+
+    def __init__(self) -> None:
+        self.outcome = ""
+        self.layers: dict[str, str] = {}  # id: status
+        self.sizes: dict[str, list[float]] = {}  # id: bytes received, bytes in all
+
+    def add(self, event: Any) -> str:
+        """Add an event, and return its status. Raises APIError if the event is an error."""
+        event = event if isinstance(event, dict) else {}
+        if error := event.get("error") or event.get("errorDetail"):
+            words = str(error.get("message") if isinstance(error, dict) else error)
+            raise APIError(words, explanation=words)
+        status, layer = (value if isinstance(value := event.get(key), str) else "" for key in ("status", "id"))
+        if status.startswith("Status: "):
+            self.outcome = status[len("Status: ") :]
+        if status and layer and not status.startswith("Pulling from"):
+            self.layers[layer] = status
+            detail = event.get("progressDetail")
+            if status == "Downloading" and isinstance(detail, dict):
+                values = (detail.get("current"), detail.get("total"))
+                self.sizes[layer] = [value if isinstance(value, (int, float)) else 0 for value in values]
+            elif layer in self.sizes:  # Docker does not report the last bytes
+                self.sizes[layer][0] = self.sizes[layer][1]
+        return status
+
+    def __str__(self) -> str:
+        statuses = self.layers.values()
+        done = sum(status in ("Pull complete", "Already exists") for status in statuses)
+        receiving = any(status.startswith(("Pulling", "Waiting", "Downloading", "Retrying")) for status in statuses)
+        received, total = (sum(column) / 1e6 for column in zip((0, 0), *self.sizes.values()))
+        unpacking = "" if receiving or done == len(statuses) else ", unpacking"
+        return f"{done} of {len(statuses)} layers done, {received:.1f} of {total:.1f} MB received{unpacking}"
 
 
 class PullImage(_DockerTask, prefect_docker.PullImage):
-    """Pull an image: errors in the middle of Docker's stream fail, progress is logged, passing errors are retried.
+    """Pull an image, and return its name.
 
-    Prefect's task returns Docker's output as text even if its last line is an error, because Docker answers
-    HTTP 200 before it starts to pull. Arguments as for ``prefect.tasks.docker.PullImage``.
+    Prefect's task returns Docker's output as text, and succeeds even if its last line is an error, because Docker
+    answers HTTP 200 before the pull starts. This task waits for a daemon that is starting, logs the progress, and
+    retries transient errors (registry or daemon unreachable, 5xx, 429). Permanent errors fail at once.
     """
 
-    @defaults_from_attrs("repository", "tag", "docker_server_url", "extra_docker_kwargs")
+    @_run("Pulling the image", "repository")
     def run(
         self,
-        repository: str | None = None,
+        repository: str = "",
         tag: str | None = None,
-        docker_server_url: str = "unix:///var/run/docker.sock",
-        extra_docker_kwargs: dict[str, Any] | None = None,
+        docker_server_url: str = SOCKET,
+        extra_docker_kwargs: Options = None,
+        stream_logs: bool = False,
     ) -> str:
-        """Pull ``repository``, which may hold a tag or a digest itself.
-
-        Returns:
-            The reference of the image that was pulled.
-
-        Raises:
-            RETRY: if the registry or the daemon may answer later.
-            FAIL: if it will not, or did not after all retries.
-        """
-        image = f"{repository}:{tag}" if tag else str(repository)
+        """Pull ``repository``, which may hold a tag or a digest itself."""
+        image, self._login_fault = f"{repository}:{tag}" if tag else repository, ""
+        client = connect(docker_server_url, self.logger)
         try:
-            self._pull(docker.APIClient(base_url=docker_server_url, version="auto"), image, extra_docker_kwargs)
-        except _Errors as error:
-            message = f"Pulling {image}: {_words(error, docker_server_url)}"
-            final = isinstance(error, APIError) and (
-                _FINAL.search(message) or (error.is_client_error() and error.status_code != 429)
-            )
-            message += _REMEDY if _CREDENTIALS.search(message) else ""
-            attempt = prefect.context.get("task_run_count", 1)
-            if final or attempt > len(PULL_RETRY_SECONDS):
-                raise signals.FAIL(message) from None
-            pause = PULL_RETRY_SECONDS[attempt - 1]
-            message += f"; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s"
-            raise signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause)) from None
+            options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
+            self._log_pull(image, self._events(client, options), stream_logs)
+        except _ERRORS as error:
+            self._raise(image, error, docker_server_url)
         return image
 
-    def _pull(self, client: docker.APIClient, image: str, extra_docker_kwargs: dict[str, Any] | None) -> None:
-        layers: dict[str, bool] = {}  # id: done
-        received: dict[str, tuple[int, int]] = {}  # id: bytes so far, bytes in all
-        outcome = ""
-        started = reported = time.monotonic()
+    def _raise(self, image: str, error: Exception, docker_server_url: str) -> None:
+        message = error_message(error, docker_server_url)
+        words = re.sub(_NAMES, " ", message[-2000:])
+        message = f"Pulling {image}: {abbreviated(message, 500)}"
+        transient, attempt = re.search(_TRANSIENT, words), prefect.context.get("task_run_count", 1)
+        if denied := not transient and re.search(_DENIED, words):
+            remedy = "for a private image: `docker login`, or the Secret docker-sidecar on Kubernetes"
+            message += f" ({self._login_fault or remedy})"
+        refused = error.is_client_error() if isinstance(error, APIError) else not _unreachable(error)
+        permanent = refused or denied or re.search(_PERMANENT, words)
+        if (permanent and not transient) or attempt > len(PULL_RETRY_SECONDS):
+            raise signals.FAIL(message) from None
+        pause = PULL_RETRY_SECONDS[attempt - 1]
+        message += f"; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s"
+        raise signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause)) from None
+
+    def _pull(self, client: docker.APIClient, options: dict[str, Any]) -> Any:
+        """Pull with the login that Docker's configuration names, or without one if its credential helper fails."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
+                return client.pull(stream=True, decode=True, **options)
+        except Exception as error:
+            if isinstance(error, (APIError, OSError)) or "auth_config" in options:
+                raise
+            self._login_fault = f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}"
+            self.logger.warning(f"Pulling {options['repository']}: {self._login_fault}")
+            return client.pull(stream=True, decode=True, auth_config={}, **options)
+
+    def _events(self, client: docker.APIClient, options: dict[str, Any]) -> Iterator[Any]:
+        """Docker's events, and None for each PROGRESS_SECONDS without one."""
+        events: queue.Queue[Any] = queue.Queue()
+
+        def read() -> None:
+            try:
+                for event in self._pull(client, options):
+                    events.put(event)
+                events.put(StopIteration())
+            except Exception as error:
+                events.put(error)
+
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            event = None
+            with suppress(queue.Empty):
+                event = events.get(timeout=PROGRESS_SECONDS)
+            if isinstance(event, StopIteration):
+                return
+            if isinstance(event, Exception):
+                raise event
+            yield event
+
+    def _log_pull(self, image: str, events: Iterator[Any], stream_logs: bool) -> None:
+        progress, started = _Progress(), time.monotonic()
+        heard = reported = started
         self.logger.info(f"Pulling {image}")
-        for event in client.pull(image, stream=True, decode=True, **(extra_docker_kwargs or {})):
-            if "error" in event:
-                raise APIError(event["error"], explanation=event["error"])
-            status, layer, detail = (
-                event.get("status", ""),
-                event.get("id"),
-                event.get("progressDetail") or {},
-            )
-            if layer and not status.startswith("Pulling from"):
-                layers[layer] = status in ("Pull complete", "Already exists")
-            if status == "Downloading" and "total" in detail:
-                received[layer] = detail["current"], detail["total"]
-            if status == "Download complete" and layer in received:  # Docker does not report the last bytes
-                received[layer] = received[layer][1], received[layer][1]
-            outcome = status.replace("Status: ", "") if status.startswith("Status: ") else outcome
-            if time.monotonic() - reported >= PROGRESS_SECONDS:
-                reported = time.monotonic()
-                self.logger.info(f"Pulling {image}: {_progress(layers, received)}")
-        seconds = f"{time.monotonic() - started:.1f} s"
-        self.logger.info(f"{outcome or image} ({_progress(layers, received) + ', ' if layers else ''}{seconds})")
-
-
-def _progress(layers: Mapping[str, bool], received: Mapping[str, tuple[int, int]]) -> str:
-    so_far, total = (sum(column) / 1e6 for column in zip(*received.values())) if received else (0, 0)
-    return f"{sum(layers.values())} of {len(layers)} layers done, {so_far:.1f} of {total:.1f} MB received"
+        for event in events:
+            status, now = progress.add(event), time.monotonic()
+            heard = heard if event is None else now
+            silence = f"; nothing came for {now - heard:.0f} s" if event is None else ""
+            if status and stream_logs:
+                self.logger.debug(status)
+            if now - heard >= PULL_SILENCE_SECONDS:
+                raise signals.FAIL(f"Pulling {image}: {progress}{silence}: the registry or the daemon hangs")
+            if silence or now - reported >= PROGRESS_SECONDS:
+                reported = now
+                self.logger.info(f"Pulling {image}: {progress}{silence}")
+        layers = f"{progress}, " if progress.layers else ""
+        self.logger.info(f"{progress.outcome or image} ({layers}{time.monotonic() - started:.1f} s)")
 
 
 class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
-    """Create a container that carries the flow run's id as a label.
+    """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON."""
 
-    Arguments as for ``prefect.tasks.docker.CreateContainer``.
-    """
-
-    def run(self, **kwargs: Any) -> str:  # type: ignore[override]
-        """Create the container.
-
-        Returns:
-            The id of the container.
-
-        Raises:
-            FAIL: if Docker refuses.
-        """
-        with self.failing("Creating the container", kwargs.get("docker_server_url") or self.docker_server_url):
-            extra = kwargs.pop("extra_docker_kwargs", None) or self.extra_docker_kwargs or {}
-            labels = {**(extra.get("labels") or {}), LABEL: prefect.context.get("flow_run_id", "")}
-            extra = {**extra, "labels": labels}
-            return str(super().run(extra_docker_kwargs=extra, **kwargs))
+    @_run("Creating the container", "image_name")
+    def run(
+        self,
+        image_name: str = "",
+        container_name: str | None = None,
+        command: list[str] | str | None = None,
+        detach: bool = False,
+        entrypoint: list[str] | str | None = None,
+        environment: list[str] | dict[str, Any] | None = None,
+        volumes: str | list[str] | None = None,
+        docker_server_url: str = SOCKET,
+        host_config: Options = None,
+        extra_docker_kwargs: Options = None,
+    ) -> str:
+        """Create the container, and return its id."""
+        client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
+        labels = extra.pop("labels", None) or {}
+        labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
+        values: Any = environment_strings(environment) if isinstance(environment, dict) else environment
+        self.logger.debug(f"Creating a container from image {image_name}")
+        container = client.create_container(
+            image=image_name,
+            name=container_name,
+            command=command,
+            detach=detach,
+            entrypoint=entrypoint,
+            environment=values,
+            volumes=volumes,
+            host_config=None if host_config is None else client.create_host_config(**host_config),
+            labels={**labels, LABEL: prefect.context.get("flow_run_id", "")},
+            **extra,
+        )
+        self.logger.debug(f"Created container {container['Id']} from image {image_name}")
+        return str(container["Id"])
 
 
 class StartContainer(_DockerTask, prefect_docker.StartContainer):
-    """Start a container. Arguments as for ``prefect.tasks.docker.StartContainer``."""
+    """Start a container. The task fails if Docker cannot start it, as when the image has no such command."""
 
-    def run(self, **kwargs: Any) -> None:
-        """Start the container.
-
-        Raises:
-            FAIL: if Docker cannot start it, as when the image has no such command.
-        """
-        with self.failing("Starting the container", kwargs.get("docker_server_url") or self.docker_server_url):
-            super().run(**kwargs)
+    @_run("Starting the container", "container_id")
+    def run(self, container_id: str = "", docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None) -> None:
+        """Start the container."""
+        self.logger.debug(f"Starting container {container_id}")
+        connect(docker_server_url).start(container=container_id, **(extra_docker_kwargs or {}))
+        self.logger.debug(f"Started container {container_id}")
 
 
 class _Stop(BaseException):
     """A reason to stop a container, in words that follow "was stopped"."""
 
 
-def _output(client: docker.APIClient, container_id: str, tty: bool, **options: Any) -> Iterator[tuple[bool, bytes]]:
-    """A container's output in pieces, each with whether it is stderr, which ``APIClient.logs()`` does not tell."""
-    response = client.get(
-        f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
-        params={"stdout": True, "stderr": True, **options},
-        stream=True,
-    )
-    if not response.ok:
-        raise APIError(response.reason, response, response.json().get("message"))
-    yield from frames(response.iter_content(chunk_size=None), tty)
+class _Watch:
+    """A running container: one thread waits for its exit, another one reads its output."""
+
+    def __init__(self, client: docker.APIClient, container_id: str, tty: bool, options: dict[str, Any]) -> None:
+        self.result: Any = None
+        self._exited, self._read, self._batch = threading.Event(), threading.Event(), Batch()
+
+        def wait() -> None:
+            try:
+                self.result = client.wait(container=container_id, **options)
+            except Exception as error:
+                self.result = error
+            self._exited.set()
+
+        def read() -> None:
+            try:
+                for stream, data in follow(client, container_id, tty, self._exited):
+                    self._batch.add(stream, data)
+            except Exception as error:
+                self._batch.add(SYSTEM, error_message(error, client.base_url).encode() + b"\n")
+            self._read.set()
+
+        for target in (wait, read):
+            threading.Thread(target=target, daemon=True).start()
+
+    def log(self, logger: Any, name: str, seconds: float | None) -> bool:
+        """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
+        started, idle = time.monotonic(), 0.0
+        for look in itertools.count(1):
+            (self._exited if self._read.is_set() else self._read).wait(FLUSH_SECONDS)
+            exited = self._exited.is_set()
+            if hanging := exited and idle >= OUTPUT_GRACE_SECONDS and not self._read.is_set():
+                self._batch.add(SYSTEM, b"Docker did not end the stream after the exit")
+            over = hanging or (exited and self._read.is_set())
+            texts = self._batch.take(last=over, progress=look % 3 == 0)
+            for stream, text in texts:
+                text = f"{name}: output could not be read: {text}" if stream == SYSTEM else text
+                (logger.info if stream == STDOUT else logger.warning)(text)
+            if over or (seconds is not None and not exited and time.monotonic() - started > seconds):
+                break
+            idle = idle + FLUSH_SECONDS if exited and not texts else 0
+        return over
 
 
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     """Wait on a container, and write its output to the run's logs while it runs.
 
-    Prefect's task shows the output only after a failure, all at once and from memory, and leaves the container
-    running when it is interrupted. Arguments as for ``prefect.tasks.docker.WaitOnContainer``.
+    Prefect's task logs the output only after a failure, all at once and from memory. It leaves the container running
+    when it is interrupted; this task stops it, also if the process gets SIGTERM, or at ``time_limit``: the seconds
+    that the container may run, from the start of the task.
     """
 
-    @defaults_from_attrs("container_id", "docker_server_url", "raise_on_exit_code")
+    def __init__(self, *args: Any, time_limit: float | None = None, **kwargs: Any) -> None:
+        self.time_limit = time_limit
+        super().__init__(*args, **kwargs)
+
+    @_run("Waiting on the container", "container_id")
     def run(
         self,
-        container_id: str | None = None,
-        docker_server_url: str = "unix:///var/run/docker.sock",
+        container_id: str = "",
+        docker_server_url: str = SOCKET,
         raise_on_exit_code: bool = True,
+        extra_docker_kwargs: Options = None,
         time_limit: float | None = None,
     ) -> dict[str, Any]:
-        """Wait until the container has exited. If the wait is cut short, by whatever, the container is stopped.
-
-        Args:
-            container_id: the container.
-            docker_server_url: where the Docker daemon is.
-            raise_on_exit_code: whether another exit code than 0 is a failure.
-            time_limit: seconds after which the container is stopped, and the task fails.
-
-        Returns:
-            Docker's answer, with the exit code as ``StatusCode``.
-
-        Raises:
-            FAIL: if the exit code is not zero or cannot be told, at the time limit, or if the process got SIGTERM.
-        """
-        name = f"Container {str(container_id)[:12]}"
-        with self.failing(name, docker_server_url):
-            client = docker.APIClient(base_url=docker_server_url, version="auto")
-            config = client.inspect_container(str(container_id))["Config"]
+        """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
+        self.logger.debug(f"Waiting on container {container_id}")
+        client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
+        try:
+            config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
-        with (
-            self.failing(name, docker_server_url),
-            self._stopped_if_interrupted(client, str(container_id), name),
-        ):
-            unread = self._follow(client, str(container_id), config["Tty"], time_limit)
-            result = dict(client.wait(str(container_id)))
-            state = client.inspect_container(str(container_id))["State"]
-        if unread:
-            self.logger.warning(f"{name}: not all of its output is shown: {_words(unread, docker_server_url)}")
-        if raise_on_exit_code and (result.get("Error") or result.get("StatusCode")):
-            memory = ", killed because it exceeded its memory limit (OOMKilled)" if state["OOMKilled"] else ""
-            reason = f": {result['Error']}" if result.get("Error") else ""
-            raise signals.FAIL(f"{name} exited with code {result.get('StatusCode')}{memory}{reason}")
-        self.logger.info(f"{name} exited with code {result.get('StatusCode')}")
+            watch = _Watch(client, container_id, config["Tty"], extra_docker_kwargs or {})
+            with self._stopped_if_interrupted(client, container_id, name, watch):
+                if not watch.log(self.logger, name, time_limit):
+                    raise _Stop(f"at its time limit of {time_limit:g} s")
+            if isinstance(watch.result, Exception):
+                raise watch.result
+            result = dict(watch.result)
+            with suppress(NotFound):
+                state = client.inspect_container(container_id)["State"]
+        except NotFound as error:
+            result = self._result_of_removed(client, container_id, error)
+        code, reason = result.get("StatusCode"), result.get("Error")
+        if raise_on_exit_code and (reason or code):
+            memory = ", killed because it exceeded its memory limit (OOMKilled)" if state.get("OOMKilled") else ""
+            raise signals.FAIL(
+                abbreviated(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}", 500)
+            )
+        self.logger.info(f"{name} exited with code {code}")
         return result
 
-    def _follow(
-        self, client: docker.APIClient, container_id: str, tty: bool, time_limit: float | None
-    ) -> Exception | None:
-        """Log the container's output until it has ended; return why its output could not be read, if it could not.
-
-        A thread reads, so that this one can log what came when nothing more comes, and can be interrupted.
-        """
-        batch, done = Batch(), threading.Event()
-        errors: list[Exception] = []
-
-        def read() -> None:
-            try:
-                with suppress(*_Errors):  # run() meets them as well
-                    try:
-                        for stderr, data in _output(client, container_id, tty, follow=True):
-                            batch.add(stderr, data)
-                    except (*_Errors, ValueError) as error:
-                        errors.append(error)
-                    client.wait(container_id)  # whether or not its output can be read
-            finally:
-                done.set()
-
-        threading.Thread(target=read, daemon=True).start()
-
-        def log(last: bool = False) -> None:
-            for stderr, text in batch.take(last):
-                (self.logger.warning if stderr else self.logger.info)(text)
-
-        started = time.monotonic()
-        try:
-            while not done.wait(FLUSH_SECONDS):
-                log()
-                if time_limit is not None and time.monotonic() - started > time_limit:
-                    raise _Stop(f"at its time limit of {time_limit:g} s")
-        finally:
-            log(last=True)
-        return errors[0] if errors else None
+    def _result_of_removed(self, client: docker.APIClient, container_id: str, error: NotFound) -> dict[str, Any]:
+        """The exit code of a container that is gone, as with auto_remove. The daemon remembers its last events."""
+        filters = {"container": container_id, "event": "die"}
+        for event in client.events(since=1, until=int(time.time()) + 1, filters=filters, decode=True):
+            self.logger.warning(f"Container {container_id[:12]} was removed when it exited; output may be missing")
+            return {"Error": None, "StatusCode": int(event["Actor"]["Attributes"]["exitCode"])}
+        raise error
 
     @contextmanager
-    def _stopped_if_interrupted(self, client: docker.APIClient, container_id: str, name: str) -> Iterator[None]:
+    def _stopped_if_interrupted(
+        self, client: docker.APIClient, container_id: str, name: str, watch: _Watch
+    ) -> Iterator[None]:
         def terminate(*_: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
             raise _Stop("because the flow's process got SIGTERM")
@@ -331,10 +481,10 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         try:
             yield
         except BaseException as error:
-            if not isinstance(error, _Errors):  # then the daemon is gone, and the container with it
-                self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
-            with suppress(*_Errors):
+            self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
+            with suppress(*_ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
+            watch.log(self.logger, name, OUTPUT_GRACE_SECONDS)
             if isinstance(error, _Stop):
                 raise signals.FAIL(f"{name} was stopped {error}") from None
             raise
@@ -344,54 +494,40 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
 
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
-    """Get the end of a container's output, at most 1 MiB and 10,000 lines of it.
+    """Get the end of a container's output: at most 1 MiB and 10,000 lines, or 2,000 of a TTY. A first line says so.
 
-    Prefect's task reads everything into memory, twice. Arguments as for ``prefect.tasks.docker.GetContainerLogs``.
+    Prefect's task reads all of the output into memory. This task is Skipped if there is no container, no daemon, or no
+    output any more, as with ``auto_remove``. If no container was created, Prefect passes the error as its id.
     """
 
-    @defaults_from_attrs("container_id", "docker_server_url")
+    @_run("Getting the logs", "container_id")
     def run(
-        self,
-        container_id: str | Exception | None = None,
-        docker_server_url: str = "unix:///var/run/docker.sock",
+        self, container_id: Any = None, docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None
     ) -> str:
-        """Get the logs.
-
-        Args:
-            container_id: the container; when it could not be created, Prefect passes the error in its place.
-            docker_server_url: where the Docker daemon is.
-
-        Returns:
-            The output, stdout and stderr as they came; if it was cut, a first line says so.
-
-        Raises:
-            SKIP: if no container was created, or its daemon is gone; then WaitOnContainer has said why.
-            FAIL: if Docker refuses.
-        """
-        if not isinstance(container_id, str):
+        """Get the logs, stdout and stderr as they came."""
+        if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
+        self.logger.debug(f"Gathering logs from container {container_id}")
         pieces: deque[bytes] = deque()
+        size = 0
         try:
-            client = docker.APIClient(base_url=docker_server_url, version="auto")
-            tty = client.inspect_container(container_id)["Config"]["Tty"]
-            # where a few long lines are enough, no more are read; of a TTY's it cannot be told how many they were
-            for tail in (LOG_LINES + 1,) if tty else (LOG_LINES // 5, LOG_LINES + 1):
-                pieces.clear()
-                size = lines = 0
-                for _, piece in _output(client, container_id, tty, tail=tail):
-                    pieces.append(piece)
-                    size += len(piece)
-                    lines += piece.count(b"\n") if tty else 1  # Docker breaks a line at 16 KiB, and counts its parts
-                    while size - len(pieces[0]) > LOG_BYTES:
-                        size -= len(pieces.popleft())
-                if size > LOG_BYTES or lines < tail:
-                    break
-        except APIError as error:
-            raise signals.FAIL(f"Getting the logs of container {container_id[:12]}: {_words(error, '')}") from None
-        except _Errors as error:
-            raise signals.SKIP(f"No logs: {_words(error, docker_server_url)}") from None
-        output = b"".join(pieces)
-        if lines <= LOG_LINES and size <= LOG_BYTES:
-            return output.decode(errors="replace")
-        output = output[-LOG_BYTES:].partition(b"\n")[2] or output[-LOG_BYTES:]
-        return f"[cut: what follows is the end, {len(output):,} bytes]\n{output.decode(errors='replace')}"
+            client = connect(docker_server_url)
+            tty = client.inspect_container(container_id)["Config"]["Tty"] is True
+            lines = LOG_LINES // 5 if tty else LOG_LINES  # the SDK reads a stream of a TTY byte by byte: no stream then
+            options = {"tail": lines + 1, "stream": not tty, "follow": False, **(extra_docker_kwargs or {})}
+            output: Any = client.logs(container=container_id, **options)
+            for piece in output.splitlines(keepends=True) if isinstance(output, bytes) else output:
+                pieces.append(piece)
+                size += len(piece)
+                while size - len(pieces[0]) > LOG_BYTES or len(pieces) > lines + 1:
+                    size -= len(pieces.popleft())
+        except _ERRORS as error:
+            if _unreachable(error) or (isinstance(error, APIError) and error.status_code in (404, 409)):
+                raise signals.SKIP(f"No logs: {abbreviated(error_message(error, docker_server_url), 500)}") from None
+            raise
+        self.logger.debug(f"Gathered logs from container {container_id}")
+        text = b"".join(pieces)
+        if len(pieces) <= lines and size <= LOG_BYTES:
+            return text.decode(errors="replace")
+        text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
+        return f"[cut: what follows is the end, {len(text):,} bytes]\n{text.decode(errors='replace')}"

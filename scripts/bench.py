@@ -1,320 +1,173 @@
-"""What the sidecar costs: `make bench` measures, and writes docs/benchmarks.json and docs/benchmarks.md.
+"""Measure what the sidecar costs, and write docs/benchmarks.md: `make bench`.
 
-Every ratio is between figures of one run, measured in turn, so that a slow moment of the machine meets both
-sides. What needs the kind cluster is in tests/kubernetes/bench_cluster.py, which adds to the same file.
+Figures that are compared are measured in turn, in one run, so that a slow moment of the machine meets all of them.
+tests/kubernetes/bench_cluster.py measures what needs a cluster, and adds to the same page.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
-import resource
-import statistics
+import re
 import subprocess
-import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from timeit import timeit
+from typing import Any, TypeVar
 
 import docker
-import psutil
+import prefect.tasks.docker
 
-from flows import tasks
-from flows.settings import PROJECT, load_job_template
-from scripts import run, sidecar
+import flows.tasks
+from flows.settings import PROJECT
+from scripts.engine import CACHE, DAEMON, LABELS, PREFECT, provide, running, wait_until
+from scripts.run import run
 
-IMAGE = "prefecthq/prefect:1.4.1"
-RESULTS = PROJECT / "docs" / "benchmarks.json"
-SIZES = [1, 10, 100, 1000]  # MiB of output
-ROUNDS = 10
-COLUMNS = ["run_running", "image_pulled", "run_finished", "job_complete"]
-
-
-def say(message: str) -> None:
-    """Tell the user what is measured."""
-    print(f"bench: {message}", flush=True)
+T = TypeVar("T")
+IMAGE = PREFECT[0]
+PAGE, SECTIONS = PROJECT / "docs" / "benchmarks.md", CACHE / "benchmarks.json"
+READERS = LIBRARY, OURS, ONCE = "Prefect's tasks", "these tasks", "reading it once"
 
 
-def seconds(call: Callable[[], object]) -> float:
-    """How long a call takes."""
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
-
-
-def in_turn(count: int, **calls: Callable[[], object]) -> dict[str, list[float]]:
-    """Time some calls, one after the other and in the opposite order every second time."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(count):
-        for name in list(calls)[:: 1 if number % 2 else -1]:
-            found[name].append(seconds(calls[name]))
+def in_turn(rounds: int, measure: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+    """Call each function once a round, in the opposite order every second round, and return what each returned."""
+    found: dict[str, list[T]] = {name: [] for name in measure}
+    for number in range(rounds):
+        for name in list(measure)[:: -1 if number % 2 else 1]:
+            found[name].append(measure[name]())
     return found
 
 
-class _Steps(logging.Handler):
-    """When each task started and finished, from Prefect's own log."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.started = 0.0
-        self.found: dict[str, list[float]] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if message.endswith("Starting task run..."):
-            self.started = record.created
-        elif "Finished task run" in message:
-            self.found.setdefault(message.split("'")[1], []).append(record.created - self.started)
+def spread(values: list[float]) -> str:
+    """The median and the range."""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "never"
 
 
-def in_process(daemon: docker.DockerClient) -> dict[str, Any]:
-    """A flow run with its image there, against `docker run` on the same daemon."""
-    steps = _Steps()
-    logging.getLogger("prefect").addHandler(steps)
-    environment = {**os.environ, "DOCKER_HOST": sidecar.DAEMON}
-    floor = ["docker", "run", "--rm", IMAGE, "true"]
-    found = in_turn(
-        ROUNDS,
-        docker_run=lambda: subprocess.run(floor, check=True, env=environment),
-        flow_run=lambda: run.run(daemon, image=IMAGE, command="true"),
-        importing=lambda: subprocess.run([sys.executable, "-c", "import flows.docker_sidecar"], check=True),
-    )
-    return {**found, "tasks": {name: spans for name, spans in steps.found.items() if name[0].isupper()}}
+def table(*rows: list[str]) -> list[str]:
+    """A table in Markdown, with an empty line before and after it; the first row is its head."""
+    return ["", *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]), ""]
 
 
-def daemon_ready(daemon: docker.DockerClient) -> dict[str, list[float]]:
-    """From the start of the dind image to a daemon that answers: our arguments against the image's own."""
-    image = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][1]["image"]
+def publish(title: str, targets: Sequence[tuple[str, float, float, str]], *lines: str) -> None:
+    """Add a section to docs/benchmarks.md, and targets to its first table: what, at most how much, how much, unit."""
+    sections = json.loads(SECTIONS.read_text()) if SECTIONS.exists() else {}
+    sections[title] = targets, lines
+    SECTIONS.write_text(json.dumps(sections))
+    rows = [
+        [what, f"at most {limit:g} {unit}", f"{value:.2f} {unit}", "met" if value <= limit else "**missed**"]
+        for targets, _ in sections.values()
+        for what, limit, value, unit in targets
+    ]
+    page = ["# Benchmarks", "", "Written by `make bench`: medians, with the range in brackets, in seconds."]
+    page += table(["", "target", "measured", ""], *rows)
+    page += [line for name, (_, text) in sections.items() for line in (f"## {name}", "", *text, "")]
+    PAGE.write_text("\n".join(page).replace("\n\n\n", "\n\n").rstrip() + "\n", encoding="utf-8")
 
-    def start(*arguments: str) -> None:
-        container = daemon.containers.run(
-            image,
-            list(arguments),
-            detach=True,
-            privileged=True,
-            environment={"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": "tcp://127.0.0.1:2375"},
-            labels=sidecar.LABELS,
-        )
+
+def flow_runs(engine: docker.DockerClient) -> None:
+    """A flow run and `docker run`, with the image on the engine."""
+    command = ["docker", "run", "--rm", IMAGE, "true"]
+    calls = {
+        "`docker run`": lambda: timeit(lambda: subprocess.run(command, check=True), number=1),
+        "the flow": lambda: timeit(lambda: run(engine, image=IMAGE, command="true"), number=1),
+    }
+    cli, flow = in_turn(10, calls).values()
+    targets = [("a flow run, more than `docker run`", 1.5, median(flow) - median(cli), "s")]
+    targets.append(("a flow run, over `docker run`", 2, median(flow) / median(cli), "times"))
+    rows = [[f"`{' '.join(command)}`", spread(cli)], ["the flow, in a process that has imported it", spread(flow)]]
+    publish("A flow run and `docker run`", targets, "The image is on the engine. Ten rounds.", *table(["", "s"], *rows))
+
+
+def daemon_starts(engine: docker.DockerClient) -> None:
+    """From the start of a dind container until its daemon answers."""
+
+    def start(host: str, *arguments: str) -> float:
+        environment, started = {"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": host}, time.perf_counter()
+        options: Any = {"detach": True, "privileged": True, "environment": environment, "labels": LABELS}
+        container = engine.containers.run(DAEMON, list(arguments), **options)
         try:
-            sidecar.wait_until(lambda: container.exec_run(["docker", "version"]).exit_code == 0, "it answers")
+            wait_until(lambda: container.exec_run(["docker", "version"]).exit_code == 0, "the daemon answers")
+            return time.perf_counter() - started
         finally:
             container.remove(force=True, v=True)
 
-    return in_turn(3, ours=lambda: start("dockerd", "--host=tcp://127.0.0.1:2375"), default=start)
+    hosts = {"docker_sidecar": "tcp://127.0.0.1:2375", "native_sidecar": "unix:///var/run/docker.sock"}
+    calls = {name: partial(start, host, "dockerd", f"--host={host}") for name, host in hosts.items()}
+    found, targets = in_turn(3, {**calls, "the image's own": partial(start, hosts["docker_sidecar"])}), []
+    for name in hosts:
+        targets.append((f"until the daemon answers, {name}", 2.5, median(found[name]), "s"))
+        ratio = median(found[name]) / median(found["the image's own"])
+        targets.append((f"the same, over the image's own arguments, {name}", 0.17, ratio, "times"))
+    rows = [[name, spread(values)] for name, values in found.items()]
+    text = f"After the start of a container from {DAEMON}. Three rounds."
+    publish("Until the daemon answers", targets, text, *table(["its arguments", "s"], *rows))
 
 
-def output(daemon: docker.DockerClient) -> list[dict[str, Any]]:
-    """Wait on a container that has written a lot, and get its logs: Prefect's tasks against ours."""
-    rows = []
-    for size in SIZES:
-        say(f"{size} MiB of output")
-        script = (
-            f"import sys; line = b'x' * 1023 + b'\\n'\nfor _ in range({size} * 1024): sys.stdout.buffer.write(line)"
-        )
-        container = daemon.containers.run(IMAGE, ["python", "-c", script], detach=True, labels=sidecar.LABELS)
-        container.wait()
-        row: dict[str, Any] = {"mib": size}
-        for number in range(3):
-            for how in ("throw_away", "library", "ours")[:: 1 if number % 2 else -1]:
-                command = [sys.executable, "-m", "scripts.bench", how, container.id]
-                done = subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-                row.setdefault(how, []).append(json.loads(done.stderr.splitlines()[-1]))
-        container.remove()
-        rows.append(row)
-    return rows
+def outputs(engine: docker.DockerClient) -> None:
+    """To wait on a container that has written a lot, and to get its logs."""
+    rows, growth, targets = [], [], []
+    for size in (1, 10, 100, 1000):
+        script = f"import os\nfor _ in range({size} * 16): os.write(1, (b'x' * 1023 + b'\\n') * 64)"
+        container = engine.containers.run(IMAGE, ["python", "-c", script], detach=True, labels=LABELS)
+        try:
+            container.wait()
+            with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process for each reading
+                found = in_turn(3, {reader: partial(pool.apply, read, (reader, container.id)) for reader in READERS})
+        finally:
+            container.remove(force=True)
+        spent, grown = ({name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1))
+        rows.append([str(size), *(spread(by[reader]) for reader in READERS for by in (spent, grown))])
+        growth.append([round(median(grown[reader])) for reader in (LIBRARY, OURS)])
+        ratio = median(spent[OURS]) / median(spent[ONCE])
+        targets.append((f"{size} MiB of output, {OURS} over {ONCE}", 1.3, ratio, "times"))
+        targets.append((f"{size} MiB of output, growth of memory", 64, median(grown[OURS]), "MiB"))
+    library, ours = map(list, zip(*growth))
+    text = "To wait on the container and to get its logs: time, and growth of the process's memory. Three rounds."
+    head = ["MiB of output", *(f"{name}, {unit}" for name in READERS for unit in ("s", "MiB"))]
+    chart = ["```mermaid", "xychart-beta", f'    title "Growth of memory: {LIBRARY} (bars), {OURS} (line)"']
+    chart += [f'    x-axis "MiB of output" [{", ".join(row[0] for row in rows)}]', '    y-axis "MiB"']
+    chart += [f"    bar {library}", f"    line {ours}", "```"]
+    publish("A container that writes a lot", targets, text, *table(head, *rows), *chart)
 
 
-def measure(how: str, container_id: str) -> None:
-    """In a process of its own: read a container's output, and print seconds and MiB of growth to stderr."""
-    client = docker.APIClient(base_url=sidecar.DAEMON, version="auto")
-    at = {"container_id": container_id, "docker_server_url": sidecar.DAEMON}
+def read(reader: str, container_id: str) -> tuple[float, float]:
+    """Read a container's output; returns seconds, and MiB that this process, whose own output is discarded, grew by."""
 
-    def read() -> None:
-        if how == "throw_away":
-            for _ in client.get(
-                f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs",
-                params={"follow": True, "stdout": True, "stderr": True},
-                stream=True,
-            ).iter_content(chunk_size=None):
-                pass
-            return
-        module = tasks if how == "ours" else tasks.prefect_docker
-        module.WaitOnContainer().run(**at)
-        module.GetContainerLogs().run(**at)
+    def memory(field: str) -> float:
+        return int(re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
 
-    before = psutil.Process().memory_info().rss
-    spent = seconds(read)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": spent, "mib": max(0, peak - before) / 2**20}), file=sys.stderr)
-
-
-def add(**results: Any) -> None:
-    """Add results to those of this machine."""
-    found = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found.update(results)
-    RESULTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
-
-
-def spread(values: list[float]) -> str:
-    """A median, and between what."""
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
-def times(values: list[float], floor: list[float]) -> float:
-    """The median of the ratios round by round: a machine that is slow for a while is so for both sides."""
-    return statistics.median(value / least for value, least in zip(values, floor))
-
-
-def targets(found: dict[str, Any]) -> list[str]:
-    """What was aimed at, against what was measured."""
-    flow, ready = found["in_process"], found["daemon_ready"]
-    above = statistics.median(flow["flow_run"]) - statistics.median(flow["docker_run"])
-    over, faster = times(flow["flow_run"], flow["docker_run"]), times(ready["default"], ready["ours"])
-    answers, growth = statistics.median(ready["ours"]), found["memory"]["ours"][-1]
-    logs = [times(spent(row, "ours"), spent(row, "throw_away")) for row in found["output"]]
-    sizes = f"{', '.join(map(str, SIZES[:-1]))} and {SIZES[-1]} MiB"
-    rows = [
-        (
-            "a flow run, over `docker run`",
-            "at most 1.5 s more, and 2 times",
-            f"{above:.2f} s more, {over:.2f} times",
-            above <= 1.5 and over <= 2,
-        ),
-        (
-            "until the daemon answers",
-            "under 2.5 s, 6 times faster",
-            f"{answers:.2f} s, {faster:.1f} times faster",
-            answers < 2.5 and faster >= 6,
-        ),
-        ("memory for 1000 MiB of output", "at most 64 MiB", f"{growth:.0f} MiB", growth <= 64),
-        (
-            f"time for {sizes} of output, over reading it once",
-            "at most 1.3 times",
-            ", ".join(f"{ratio:.2f}" for ratio in logs),
-            max(logs) <= 1.3,
-        ),
-    ]
-    if spans := found.get("spans"):
-        cold, warm = times(spans["cold"], spans["floor"]), times(spans["warm"], spans["cold"])
-        left = sum(row["left"] for row in found["many"])
-        rows += [
-            ("a Job, no layer on the node, over the floor", "at most 1.25 times", f"{cold:.2f} times", cold <= 1.25),
-            ("a Job, layers on the node, over that", "under 0.4 times", f"{warm:.2f} times", warm < 0.4),
-            ("pods left of up to 20 runs at once", "none", str(left), left == 0),
-        ]
-    lines = ["| | target | measured | |", "|---|---|---|---|"]
-    return lines + [f"| {what} | {aim} | {seen} | {'met' if met else 'missed'} |" for what, aim, seen, met in rows]
-
-
-def spent(row: dict[str, Any], how: str) -> list[float]:
-    """The times that it took to read a container's output."""
-    return [measured["seconds"] for measured in row[how]]
-
-
-def report() -> str:
-    """The results in Markdown."""
-    found = json.loads(RESULTS.read_text())
-    median = statistics.median
-    flow, ready = found["in_process"], found["daemon_ready"]
-    lines = [
-        "# Benchmarks",
-        "",
-        "Written by `make bench`. Medians, and in brackets the least and the most; seconds unless it says otherwise.",
-        f"Machine: {found['machine']}.",
-        "",
-        *targets(found),
-        "",
-        "Of an output of a few MiB a good part is read twice: its end is in the run's logs and in the task's result.",
-        "And about 0.03 s go into asking what the container is and how it ended, whatever its output.",
-        "",
-        "## A flow run, against `docker run`",
-        "",
-        f"The image is there, the container does nothing; {len(flow['flow_run'])} times in turn.",
-        "",
-        "| | s |",
-        "|---|---|",
-        f"| `docker run --rm {IMAGE} true` | {spread(flow['docker_run'])} |",
-        f"| the flow, in a process that has imported it | {spread(flow['flow_run'])} |",
-        f"| importing it, in a new process | {spread(flow['importing'])} |",
-        *(f"| of the flow: {name} | {spread(spans)} |" for name, spans in flow["tasks"].items()),
-        "",
-        "## Until the daemon answers",
-        "",
-        "| arguments of the dind image | s |",
-        "|---|---|",
-        f"| ours | {spread(ready['ours'])} |",
-        f"| its own, TLS off | {spread(ready['default'])} |",
-        "",
-        "## A container that writes a lot",
-        "",
-        "To wait on it and to get its logs. Growth: of the process, at its peak, over what it had before.",
-        "",
-        "| output, MiB | Prefect's tasks: s | growth, MiB | ours: s | growth, MiB | read once: s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in found["output"]:
-        cells = [str(row["mib"])]
-        for how in ("library", "ours"):
-            cells += [spread(spent(row, how)), f"{median(m['mib'] for m in row[how]):.0f}"]
-        lines.append(f"| {' | '.join([*cells, spread(spent(row, 'throw_away'))])} |")
-    if "runs" in found:
-        lines += ["", "## On the kind cluster", "", *_cluster(found)]
-    return "\n".join(lines) + "\n"
-
-
-def _cluster(found: dict[str, Any]) -> list[str]:
-    """What tests/kubernetes/bench_cluster.py has measured."""
-    spans, many = found["spans"], found["many"]
-    lines = [
-        f"Seconds from the Job's creation to its end, with {IMAGE} and a container that does nothing, "
-        f"{len(spans['floor'])} times in turn:",
-        "",
-        "| | s |",
-        "|---|---|",
-        f"| a bare pod with the same two images, and `docker run` (the floor) | {spread(spans['floor'])} |",
-        f"| ours, no layer on the node | {spread(spans['cold'])} |",
-        f"| ours, layers on the node | {spread(spans['warm'])} |",
-        "",
-        "One run of each, those of [timeline.svg](timeline.svg); the published template with its first fault mended:",
-        "",
-        "| seconds after the Job's creation | run Running | image pulled | run finished | Job complete |",
-        "|---|---|---|---|---|",
-    ]
-    for one in found["runs"]:
-        never = f"not after {one['watched']} s"
-        cells = [never if one[name] is None else f"{one[name]:.1f}" for name in COLUMNS]
-        lines.append(f"| {one['name']} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "| runs at once, on one node | all Jobs complete after, s | pods left |",
-        "|---|---|---|",
-    ]
-    return lines + [f"| {row['runs']} | {row['seconds']:.1f} | {row['left']} |" for row in many]
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    client, tasks = docker.from_env().api, flows.tasks if reader == OURS else prefect.tasks.docker
+    before, started = memory("VmRSS"), time.perf_counter()
+    if reader == ONCE:
+        url = f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs"
+        for _ in client.get(url, params={"stdout": 1, "stderr": 1}, stream=True).iter_content(chunk_size=None):
+            pass
+    else:
+        for task in (tasks.WaitOnContainer(), tasks.GetContainerLogs()):
+            task.run(container_id=container_id, docker_server_url=os.environ["DOCKER_HOST"])
+    return time.perf_counter() - started, memory("VmHWM") - before
 
 
 def main() -> None:
-    """Measure all that needs no cluster."""
-    with sidecar.running() as daemon:
-        daemon.images.pull(IMAGE)
-        version = daemon.version()["Version"]
-        memory = psutil.virtual_memory().total >> 30
-        add(
-            machine=f"{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, Docker {version}, "
-            f"Python {platform.python_version()}"
-        )
-        say("a flow run, against `docker run` (30 s)")
-        add(in_process=in_process(daemon))
-        say("until the daemon answers (a minute)")
-        add(daemon_ready=daemon_ready(daemon))
-        say("a container that writes a lot (6 minutes)")
-        rows = output(daemon)
-        growth = {how: [statistics.median(m["mib"] for m in row[how]) for row in rows] for how in ("library", "ours")}
-        add(output=rows, memory={"output": SIZES, **growth})
-    (PROJECT / "docs" / "benchmarks.md").write_text(report())
-    say("written: docs/benchmarks.json, docs/benchmarks.md")
+    """Measure what needs no cluster."""
+    print("bench: about 10 minutes; starts privileged containers", flush=True)
+    with running() as engine:
+        provide(engine, IMAGE, DAEMON)
+        assert run(engine, image=IMAGE, command="true").is_successful()
+        SECTIONS.unlink(missing_ok=True)
+        origin = "stand-ins" if any("airgap" in label for label in engine.images.get(IMAGE).labels) else "as published"
+        versions = f"Docker {engine.version()['Version']}, Python {platform.python_version()}, images: {origin}."
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
+        publish("The machine", [], f"{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, {versions}")
+        for measure in (flow_runs, daemon_starts, outputs):
+            measure(engine)
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:]) if sys.argv[1:] else main()
+    main()

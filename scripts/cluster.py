@@ -170,11 +170,15 @@ def main(what: str) -> None:
     if what == "up":
         with engine.lock(), engine.kept() as client:
             up(client)
-    elif what == "down":
+    elif what in ("down", "clean"):
         with engine.lock():
             for client in filter(None, (engine.find(), engine.own())):
                 down(client)
+                for volume in client.volumes.list(filters={"name": f"{NAME}-"}) if what == "clean" else ():
+                    volume.remove()
             engine.stop()
+            if what == "clean":
+                shutil.rmtree(engine.CACHE)
     else:
         with engine.running() as client:
             if what == "airgap":

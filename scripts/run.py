@@ -6,9 +6,11 @@ import json
 import os
 import sys
 import uuid
+from contextlib import suppress
 from typing import Any
 
 import docker
+from docker.errors import APIError
 from prefect.engine.state import State
 
 from flows.parameters import validate_parameters
@@ -28,7 +30,7 @@ def parameters() -> dict[str, Any]:
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
-        if name in JSON or (name == "COMMAND" and value.startswith("[")):
+        if name in JSON or (name == "COMMAND" and value.startswith('["')):
             try:
                 found[name.lower()] = json.loads(value)
             except ValueError as error:
@@ -49,7 +51,8 @@ def run(client: docker.DockerClient, **parameters: Any) -> State:
         return state
     finally:
         for container in client.containers.list(all=True, filters={"label": f"{LABEL}={run_id}"}):
-            container.remove(force=True)
+            with suppress(APIError):  # it may be removing itself
+                container.remove(force=True)
 
 
 def main() -> None:

@@ -27,5 +27,5 @@ rm -rf .venv
   --requirement <(sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p;}' requirements-dev.txt)
 export VIRTUAL_ENV=$PWD/.venv
 .venv/bin/uv pip sync --quiet requirements-dev.txt
-.venv/bin/uv pip install --quiet --no-deps --editable .
+pwd >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth" # for `prefect register -m`
 touch .venv/ready

@@ -6,15 +6,17 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import docker
 import psutil
 import pytest
+from docker.models.containers import Container
 
-from flows import docker_sidecar
+from flows import docker_sidecar, tasks
 from flows.tasks import LABEL, LOG_BYTES, STOP_GRACE_SECONDS
 from tests.conftest import LABELS, PREFECT, busybox, login, private_registry
 from tests.docker.conftest import STORE, Outcome, Registry
@@ -66,9 +68,9 @@ def test_exit_code(flow_run: FlowRun, image: str) -> None:
     assert run.tasks["GetContainerLogs"].is_successful()
 
 
-def test_killed_for_memory(flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]) -> None:
-    limits({"mem_limit": "16m"})
-    run = flow_run(image=image, command=["sh", "-c", "x=eight888; while :; do x=$x$x; done"])
+def test_killed_for_memory(flow_run: FlowRun, image: str) -> None:
+    grow = ["sh", "-c", "x=eight888; while :; do x=$x$x; done"]
+    run = flow_run(image=image, command=grow, host_config={"mem_limit": "16m"})
     assert run.state.is_failed()
     assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.state.message
 
@@ -102,22 +104,61 @@ def test_registry_down_for_good(flow_run: FlowRun) -> None:
     assert run.state.is_failed()
     assert "connection refused" in run.state.message
     assert len(run.naming("connection refused")) == 4, "the first try and three more, a line each"
+    assert len(run.naming("; retry ")) == 3
+
+
+ANSWER = """
+import http.server, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        time.sleep(float(sys.argv[2]))
+        self.send_response(int(sys.argv[1]))
+        self.end_headers()
+    do_HEAD = do_GET
+http.server.ThreadingHTTPServer(("", 5000), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def odd_registry(daemon: docker.DockerClient) -> Iterator[Callable[..., Container]]:
+    """A registry that answers any request with a status, after some seconds."""
+    started: list[Container] = []
+
+    def start(status: int, seconds: float = 0) -> Container:
+        command = ["python", "-uc", ANSWER, str(status), str(seconds)]
+        ports = {"5000/tcp": ("127.0.0.1", 5057)}
+        started.append(daemon.containers.run(PREFECT, command, detach=True, labels=LABELS, ports=ports))
+        return started[0]
+
+    yield start
+    for server in started:
+        server.remove(force=True)
 
 
 @pytest.mark.parametrize("status", [429, 503])
-def test_registry_overloaded(flow_run: FlowRun, daemon: docker.DockerClient, status: int) -> None:
-    answer = f"lambda self: (self.send_response({status}), self.end_headers())"
-    handler = f"type('Handler', (http.server.BaseHTTPRequestHandler,), {{'do_GET': {answer}, 'do_HEAD': {answer}}})"
-    script = f"import http.server; http.server.HTTPServer(('', 5000), {handler}).serve_forever()"
-    ports = {"5000/tcp": ("127.0.0.1", 5057)}
-    server = daemon.containers.run(PREFECT, ["python", "-uc", script], detach=True, labels=LABELS, ports=ports)
-    try:
-        run = flow_run(image="localhost:5057/busybox:1", command="true")
-        assert run.state.is_failed()
-        assert len(run.naming("Pulling localhost:5057/busybox:1: ")) == 4, "the first try and three more"
-        assert f'" {status} -' in server.logs().decode(), "it was asked"
-    finally:
-        server.remove(force=True)
+@pytest.mark.parametrize("name", ["busybox:1", "access-denied-report:1", "not-found:unauthorized"])
+def test_row_11_registry_overloaded(
+    flow_run: FlowRun, odd_registry: Callable[..., Container], status: int, name: str
+) -> None:
+    server = odd_registry(status)
+    run = flow_run(image=f"localhost:5057/{name}", command="true")
+    assert run.state.is_failed()
+    assert len(run.naming(f"Pulling localhost:5057/{name}: ")) == 4, "the first try and three more"
+    assert "docker login" not in run.state.message
+    assert f'" {status} -' in server.logs().decode(), "the registry was asked"
+
+
+def test_row_06_registry_that_does_not_answer(
+    flow_run: FlowRun, odd_registry: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.5)
+    monkeypatch.setattr(tasks, "PULL_SILENCE_SECONDS", 3)
+    odd_registry(200, seconds=300)
+    run = flow_run(image="localhost:5057/busybox:1", command="true", time_limit=1)
+    assert run.state.is_failed()
+    assert "nothing came for 3 s" in run.state.message
+    assert len(run.naming("nothing came for")) >= 4
+    assert run.tasks["PullImage"].is_failed()
 
 
 def test_blob_missing_in_the_registry(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient) -> None:
@@ -134,8 +175,8 @@ def test_blob_missing_in_the_registry(flow_run: FlowRun, registry: Registry, dae
     registry.container.restart(timeout=0)  # it remembers which blobs there are
     run = flow_run(image=reference, command="true")
     assert run.state.is_failed(), "HTTP 200, and the error in the stream"
-    assert f"Pulling {reference}: unknown blob" in run.state.message
-    assert not run.naming("retry")
+    assert f"Pulling {reference}: " in run.state.message
+    assert not run.naming("; retry "), "a permanent error"
 
 
 def test_command_not_found_in_the_image(flow_run: FlowRun, image: str) -> None:
@@ -167,7 +208,7 @@ def test_a_gibibyte_of_output(flow_run: FlowRun, image: str) -> None:
         watcher.join()
     assert run.state.is_successful()
     assert most - before < 64 << 20, f"grew by {(most - before) >> 20} MiB"
-    assert "lines left out here" in run.output("INFO")
+    assert "lines dropped here" in run.output("INFO")
     assert run.output("INFO").endswith("the end")
     assert len(run.output("INFO")) < 64 << 20
     logs = run.tasks["GetContainerLogs"].result
@@ -218,21 +259,18 @@ def test_tty(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert run.tasks["GetContainerLogs"].result == "a terminal\r\nerror\r\n"
 
 
-def test_log_driver_that_cannot_be_read(
-    flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]
-) -> None:
-    limits({"log_config": {"type": "none"}})
-    run = flow_run(image=image, command="echo unheard")
+UNREADABLE = {"log_config": {"type": "none"}}
+
+
+def test_log_driver_that_cannot_be_read(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command="echo unheard", host_config=UNREADABLE)
     assert run.state.is_failed()
     assert run.tasks["WaitOnContainer"].is_successful()
     assert "does not support reading" in run.state.message
 
 
-def test_time_limit_of_a_container_whose_output_cannot_be_read(
-    flow_run: FlowRun, image: str, limits: Callable[[dict[str, Any]], None]
-) -> None:
-    limits({"log_config": {"type": "none"}})
-    run = flow_run(image=image, command="sleep 300", time_limit=1)
+def test_time_limit_of_a_container_whose_output_cannot_be_read(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command="sleep 300", time_limit=1, host_config=UNREADABLE)
     assert "was stopped at its time limit of 1 s" in run.tasks["WaitOnContainer"].message
 
 
@@ -282,14 +320,90 @@ def test_terminated(
 
 
 def test_time_limit(flow_run: FlowRun, image: str) -> None:
-    run = flow_run(
-        image=image, command=["sh", "-c", "trap exit TERM; echo up; while :; do sleep 0.1; done"], time_limit=2
-    )
+    run = flow_run(image=image, command="sleep 300", time_limit=1)
     assert run.state.is_failed()
-    assert "was stopped at its time limit of 2 s" in run.state.message
-    assert run.output("INFO") == "up"
+    assert "was stopped at its time limit of 1 s" in run.state.message
     run = flow_run(image=image, command="sleep 0", time_limit=60)
     assert run.state.is_successful()
+
+
+SAVE = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
+
+
+def test_row_10_output_after_the_time_limit(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(image=image, command=SAVE, time_limit=3)
+    assert run.state.is_failed()
+    assert run.output("INFO") == "up\nsaving"
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["cancelled", "SIGTERM"])
+def test_row_10_output_after_an_interruption(
+    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]], signum: int
+) -> None:
+    sender = send_when_running(signum, daemon, logs)
+    with suppress(KeyboardInterrupt):
+        flow_run(image=image, command=SAVE)
+    sender.join()
+    assert "saving" in [text for _, _, text in logs]
+
+
+def test_row_04_the_newest_state_of_a_progress_bar(
+    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]
+) -> None:
+    """The bar goes on until one of its states is in the logs."""
+
+    def go_on_when_seen() -> None:
+        wait_for(lambda: any(text.endswith("%") for _, _, text in logs), "a state is logged", lambda: logs, timeout=10)
+        [container] = daemon.containers.list(filters={"label": LABEL})
+        container.exec_run(["touch", "/seen"])
+
+    watcher = threading.Thread(target=go_on_when_seen)
+    watcher.start()
+    bar = "i=0; until [ -e /seen ]; do printf '\\r%s%%' $i >&2; sleep 0.1; i=$((i+1)); done; printf '\\r100%%\\n' >&2"
+    run = flow_run(image=image, command=["sh", "-c", bar], time_limit=60)
+    watcher.join()
+    shown = run.output("WARNING").split("\n")
+    assert shown[-1] == "100%"
+    assert 2 <= len(shown) <= 5, "old states are left out"
+
+
+@pytest.mark.parametrize("script", ["sleep 2; exit 0", "exit 0", "echo out; exit 3", "sleep 2; exit 3"])
+def test_row_05_a_container_that_removes_itself(flow_run: FlowRun, image: str, script: str) -> None:
+    code = script[-1]
+    run = flow_run(image=image, command=["sh", "-c", script], host_config={"auto_remove": True})
+    assert run.state.is_successful() == (code == "0"), run.state
+    assert run.tasks["GetContainerLogs"].is_skipped()
+    assert run.naming(f"exited with code {code}")
+
+
+@pytest.mark.parametrize("tty", [False, True])
+def test_row_13_a_long_line_is_whole(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tty: bool) -> None:
+    monkeypatch.setattr(docker_sidecar.container_id, "extra_docker_kwargs", {"tty": tty})
+    script = "i=0; while [ $i -lt 3000 ]; do printf %s $TEXT; i=$((i+1)); done"
+    run = flow_run(
+        image=image, command=["sh", "-c", f"({script}) >/line; cat /line"], environment={"TEXT": "日本語の行"}
+    )
+    assert run.output("INFO") == "日本語の行" * 3000
+    assert run.tasks["GetContainerLogs"].result == "日本語の行" * 3000
+
+
+def test_row_14_the_environment_as_json_writes_it(flow_run: FlowRun, image: str) -> None:
+    environment = {"A": True, "B": 1.5, "C": "x=y", "D": "", "PATH": "/bin"}
+    run = flow_run(image=image, command=["sh", "-c", "echo $A $B $C ${D-unset}."], environment=environment)
+    assert run.output("INFO") == "true 1.5 x=y ."
+
+
+@pytest.mark.parametrize("config", ['{"credsStore": "no-such-helper"}', "not JSON"])
+def test_row_03_a_public_image_needs_no_login(
+    flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str
+) -> None:
+    (tmp_path / "config.json").write_text(config)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    run = flow_run(image=image, command="true")
+    assert run.state.is_successful(), run.state
+    warnings = [text for level, _, text in run.logs if level == "WARNING"]
+    assert len(warnings) == ("credsStore" in config)
+    assert all("docker-credential-no-such-helper" in text and str(tmp_path) in text for text in warnings)
 
 
 def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str) -> None:
@@ -307,8 +421,8 @@ def test_private_registry(
     with private_registry(daemon, ports={"5000/tcp": ("127.0.0.1", 5056)}, volumes=STORE):
         run = flow_run(image="localhost:5056/busybox:1", command="true")
         assert run.state.is_failed()
-        assert "no basic auth credentials (if it is a private image: `docker login`" in run.state.message
-        assert not run.naming("retry")
+        assert "`docker login`" in run.state.message
+        assert not run.naming("; retry ")
 
         (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": login()}}))
         run = flow_run(image="localhost:5056/busybox:1", command="echo let in")

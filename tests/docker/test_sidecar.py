@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import tarfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,67 +13,77 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from tests.conftest import LABELS, PREFECT, SIDECAR, busybox
-from tests.docker.conftest import Outcome, Registry
+from scripts.engine import DAEMON, push
+from tests.conftest import LABELS, PREFECT, busybox
+from tests.docker.conftest import Outcome, run_daemon
 from tests.support.waiting import wait_for
 
-FLOW = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][0]
+FLOW, SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"]
 ASK = "import docker; d = docker.from_env(); print(d.info()['OSType'], d.info()['Labels'])"
-NO_DAEMON = "flow-container: the Docker daemon did not start, dind-daemon says why\n"
-NESTED = "tcp://localhost:23750"
+WAIT = """import docker, time
+while True:
+    try: docker.from_env().ping(); break
+    except docker.errors.DockerException: time.sleep(0.1)
+"""  # as the flow's first task does
 
 
 class Pod:
-    """Two containers with a network and a gate in common."""
+    """Two containers with a network, a lock and a store in common."""
 
-    def __init__(self, daemon: docker.DockerClient, store: str = "") -> None:
-        self.daemon = daemon
-        self.gate = daemon.volumes.create(labels=LABELS).name
+    def __init__(self, engine: docker.DockerClient, store: str = "") -> None:
+        self.engine = engine
+        self.alive = engine.volumes.create(labels=LABELS).name
         self.store = {store: {"bind": "/var/lib/docker"}} if store else {}
         self.containers: list[Container] = []
 
     def remove(self) -> None:
         for container in reversed(self.containers):
             container.remove(force=True, v=True)
-        self.daemon.volumes.get(self.gate).remove()
+        self.engine.volumes.get(self.alive).remove()
 
     def _start(
-        self, image: str, spec: dict[str, Any], edits: dict[str, str], files: dict[str, str], **options: Any
-    ) -> Container:
-        command, args = spec["command"], spec["args"]
+        self, image: str, spec: dict[str, Any], args: list[str], edits: dict[str, str], files: dict[str, str],
+        **options: Any,
+    ) -> Container:  # fmt: skip
+        command = spec["command"]
         for old, new in edits.items():
-            assert any(old in word for word in command + args), f"{old!r} is no longer in the template"
-            command, args = ([word.replace(old, new) for word in words] for words in (command, args))
-        container = self.daemon.containers.create(
+            assert any(old in word for word in command), f"{old!r} is no longer in the template"
+            command = [word.replace(old, new) for word in command]
+        container = self.engine.containers.create(
             image,
             args,
             entrypoint=command,
             environment={entry["name"]: entry["value"] for entry in spec["env"]},
             labels=LABELS,
-            volumes={self.gate: {"bind": "/gate"}, **(self.store if options.get("privileged") else {})},
+            volumes={self.alive: {"bind": "/alive"}, **(self.store if options.get("privileged") else {})},
             **options,
         )
         self.containers.append(container)
         for path, content in files.items():
-            container.put_archive("/", _tar({path: content.encode()}))
+            container.put_archive("/", tar({path: content.encode()}))
         container.start()
         return container
 
     def sidecar(self, edits: dict[str, str] | None = None, files: dict[str, str] | None = None) -> Container:
-        return self._start(SIDECAR["image"], SIDECAR, edits or {}, files or {}, privileged=True)
+        return self._start(DAEMON, SIDECAR, [], edits or {}, files or {}, privileged=True)
 
-    def flow(self, *command: str, beside: Container | None = None, edits: dict[str, str] | None = None) -> Container:
-        network = {"network_mode": f"container:{beside.id}"} if beside else {}
-        return self._start(PREFECT, {**FLOW, "args": list(command)}, edits or {}, {}, **network)
+    def flow(self, *command: str, beside: Container) -> Container:
+        return self._start(PREFECT, FLOW, list(command), {}, {}, network_mode=f"container:{beside.id}")
+
+    def ready(self, **options: Any) -> Container:
+        """A sidecar whose daemon answers."""
+        sidecar = self.sidecar(**options)
+        wait_for(lambda: sidecar.exec_run(["docker", "version"]).exit_code == 0, "dockerd answers", sidecar.logs, 60)
+        return sidecar
 
 
-def _tar(files: dict[str, bytes]) -> bytes:
+def tar(files: dict[str, bytes]) -> bytes:
     archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
+    with tarfile.open(fileobj=archive, mode="w") as file:
         for name, content in files.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+            file.addfile(entry, io.BytesIO(content))
     return archive.getvalue()
 
 
@@ -89,41 +98,53 @@ def end(container: Container, within: float) -> tuple[int, str]:
     return container.attrs["State"]["ExitCode"], container.logs().decode()
 
 
+def sh(container: Container, command: str) -> str:
+    code, output = container.exec_run(["sh", "-euc", command])
+    assert code == 0, output.decode()
+    return str(output.decode().strip())
+
+
 @pytest.fixture
-def pod(daemon: docker.DockerClient) -> Iterator[Pod]:
-    found = Pod(daemon)
+def new_pod(engine: docker.DockerClient) -> Iterator[Callable[[], Pod]]:
+    """Pods with node storage in common, here a volume."""
+    store = engine.volumes.create(labels=LABELS)
+    pods: list[Pod] = []
+
+    def create() -> Pod:
+        pods.append(Pod(engine, store.name))
+        return pods[-1]
+
+    yield create
+    for pod in pods:
+        pod.remove()
+    store.remove()
+
+
+@pytest.fixture
+def pod(engine: docker.DockerClient) -> Iterator[Pod]:
+    found = Pod(engine)
     yield found
     found.remove()
 
 
-def test_flow_starts_with_a_ready_daemon_and_ends_it(pod: Pod) -> None:
+def test_the_daemon_ends_with_the_flow(pod: Pod) -> None:
     sidecar = pod.sidecar()
-    flow = pod.flow("sh", "-c", f'python -c "{ASK}"; exit 5', beside=sidecar)
-    code, output = end(flow, 30)
+    code, output = end(pod.flow("python", "-c", f"{WAIT}{ASK}; raise SystemExit(5)", beside=sidecar), 60)
     assert code == 5
     assert "linux" in output
-    code, output = end(sidecar, 15)
+    code, output = end(sidecar, 20)
     assert code == 0
     assert "Daemon shutdown complete" in output
 
 
-def test_flow_killed_with_sigkill(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
+@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
+def test_the_flow_is_killed(pod: Pod, signal: str) -> None:
+    sidecar = pod.ready()
+    flow = pod.flow("sh", "-c", "echo up; exec sleep 300", beside=sidecar)
     wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    flow.kill("SIGKILL")
-    assert end(sidecar, 15)[0] == 0
-
-
-def test_sigterm_to_the_flow(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    flow = pod.flow("python", "-uc", "print('up'); import time; time.sleep(300)", beside=sidecar)
-    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    flow.kill("SIGTERM")
-    code, output = end(flow, 10)
-    assert code == 143
-    assert "Main child exited with signal (with signal 'Terminated')" in output
-    assert end(sidecar, 15)[0] == 0
+    flow.kill(signal)
+    assert end(flow, 10)[0] == {"SIGKILL": 137, "SIGTERM": 143}[signal]
+    assert end(sidecar, 20)[0] == 0
 
 
 def test_sigint_reaches_the_flow(pod: Pod) -> None:
@@ -135,277 +156,173 @@ def test_sigint_reaches_the_flow(pod: Pod) -> None:
 
 
 def test_sigterm_to_the_sidecar_while_the_flow_runs(pod: Pod) -> None:
-    """In a pod the flow gets it at the same time, and stops its container, for which it needs the daemon."""
-    sidecar = pod.sidecar()
-    ask = "import docker; docker.from_env().ping(); print('answers')"
+    """The preStop hook keeps dockerd until the flow has stopped its container."""
+    sidecar = pod.ready()
+    ask = "import docker; print(docker.from_env().ping())"
     stop = f"""trap 'sleep 1; python -c "{ask}"; exit' TERM; echo up; while :; do sleep 0.1; done"""
     flow = pod.flow("sh", "-c", stop, beside=sidecar)
     wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    for container in (sidecar, flow):
-        container.kill("SIGTERM")
-    assert "answers" in end(flow, 8)[1]
-    assert end(sidecar, 8)[0] == 143
+    hook = sidecar.client.api.exec_create(sidecar.id, SIDECAR["lifecycle"]["preStop"]["exec"]["command"])
+    flow.kill("SIGTERM")
+    sidecar.client.api.exec_start(hook)
+    sidecar.kill("SIGTERM")
+    assert "True" in end(flow, 8)[1]
+    assert end(sidecar, 20)[0] == 0
 
 
-def test_sigterm_does_not_wait_for_ever_on_the_flow(pod: Pod) -> None:
-    sidecar = pod.sidecar(edits={"timeout 10": "timeout 1"})
-    flow = pod.flow("sh", "-c", "echo up; sleep 300", beside=sidecar)
+def test_the_pre_stop_hook_has_a_limit(pod: Pod) -> None:
+    sidecar = pod.ready()
+    flow = pod.flow("sh", "-c", "echo up; exec sleep 300", beside=sidecar)
     wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
+    hook = [word.replace("10", "1") for word in SIDECAR["lifecycle"]["preStop"]["exec"]["command"]]
+    assert sidecar.exec_run(hook).exit_code != 0
     sidecar.kill("SIGTERM")
-    assert end(sidecar, 8)[0] == 143
+    assert end(sidecar, 20)[0] == 0
 
 
-def test_sigterm_to_the_sidecar_before_the_flow_comes(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    wait_for(lambda: b"API listen on" in sidecar.logs(), "dockerd answers", sidecar.logs)
-    sidecar.kill("SIGTERM")
-    code, output = end(sidecar, 15)
-    assert code == 143
-    assert "Daemon shutdown complete" in output
+def test_row_26_a_flow_image_that_takes_long_to_pull(pod: Pod) -> None:
+    """The sidecar waits for the flow for half an hour, here for 3 s, and leaves no trap behind."""
+    sidecar = pod.sidecar(edits={"timeout 1800": "timeout 3"})
+    assert end(sidecar, 60)[0] == 0
+    late = pod.flow("python", "-c", "print('no lock is in the way')", beside=pod.sidecar())
+    assert "no lock is in the way" in end(late, 10)[1]
 
 
-def test_no_flow(pod: Pod) -> None:
-    code, output = end(pod.sidecar(edits={"read -r -t 300": "read -r -t 2"}), 30)
+def test_row_28_docker_commands_that_hang(new_pod: Callable[[], Pod]) -> None:
+    first = new_pod().ready()
+    first.kill("SIGKILL")
+    pod = new_pod()
+    sidecar = pod.ready(edits={"docker ps -aq": "sleep 300", "timeout 60": "timeout 1"})
+    end(pod.flow("true", beside=sidecar), 10)
+    assert end(sidecar, 20)[0] == 0
+
+
+def test_a_daemon_that_does_not_heed_sigterm(pod: Pod) -> None:
+    deaf = """sh -c "trap '' TERM; while :; do sleep 1; done" """
+    sidecar = pod.sidecar(edits={"dockerd-entrypoint.sh dockerd": deaf, "sleep 15": "sleep 1"})
+    end(pod.flow("true", beside=sidecar), 10)
+    assert end(sidecar, 20)[0] != 0
+
+
+def test_a_daemon_that_cannot_start(pod: Pod) -> None:
+    code, output = end(pod.sidecar(files={"etc/docker/daemon.json": '{"mtu": '}), 30)
     assert code == 1
-    assert "dind-daemon: no flow within 300 s" in output
+    assert output.count("unable to configure the Docker daemon with file /etc/docker/daemon.json") == 1
 
 
-def test_no_sidecar(pod: Pod) -> None:
-    code, output = end(pod.flow("true", edits={"-le 1500": "-le 5"}), 10)
-    assert (code, output) == (1, "flow-container: no Docker daemon within 300 s\n")
-
-
-def test_daemon_that_cannot_start(pod: Pod) -> None:
-    sidecar = pod.sidecar(files={"config/daemon.json": '{"mtu": '})
-    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
-    code, output = end(sidecar, 10)
-    assert code == 1
-    assert output.count("unable to configure the Docker daemon with file /config/daemon.json") == 1
-    assert output.endswith("dind-daemon: dockerd does not answer\n")
-
-
-def test_daemon_that_fails_after_it_has_mounted(pod: Pod) -> None:
-    sidecar = pod.sidecar(edits={"--data-root=": "--storage-driver=nonsense --data-root="})
-    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
-    code, output = end(sidecar, 10)
-    assert code == 1
-    assert "nonsense" in output
-
-
-def test_sidecar_that_fails_by_itself(pod: Pod) -> None:
-    sidecar = pod.sidecar(edits={"mkfifo -m 666": "no-such-command"})
-    assert end(pod.flow("true", beside=sidecar), 30)[0] == 1
-    assert end(sidecar, 10)[0] != 0
-
-
-def test_daemon_that_neither_answers_nor_ends(pod: Pod) -> None:
-    listens = """sh -c 'trap "" TERM; echo $$ >/var/run/docker.pid; while :; do nc -l -p 2375 -e sleep 300; done'"""
-    edits = {"timeout 60": "timeout 2", "sleep 15": "sleep 1"}
-    sidecar = pod.sidecar(edits={**edits, 'exec dockerd-entrypoint.sh "$@"': f"exec {listens}"})
-    assert end(pod.flow("true", beside=sidecar), 30) == (1, NO_DAEMON)
-    code, output = end(sidecar, 10)
-    assert code == 1
-    assert "dind-daemon: dockerd does not answer\n" in output
-
-
-def test_daemon_configuration_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:
-    sidecar = pod.sidecar(files={"config/daemon.json": '{"labels": ["who=us"]}'})
-    code, output = end(pod.flow("python", "-c", ASK, beside=sidecar), 30)
-    assert code == 0
-    assert "['who=us']" in output
-    sidecar = pod.sidecar(files={"config/daemon.json": '{"hosts": ["tcp://0.0.0.0:2375"]}'})
+def test_daemon_json_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:
+    sidecar = pod.ready(files={"etc/docker/daemon.json": '{"labels": ["who=us"]}'})
+    assert "who=us" in sh(sidecar, "docker info --format '{{.Labels}}'")
+    sidecar = pod.sidecar(files={"etc/docker/daemon.json": '{"hosts": ["tcp://0.0.0.0:2375"]}'})
     assert "specified both as a flag and in the configuration file: hosts" in end(sidecar, 30)[1]
 
 
-def test_daemon_killed_while_the_flow_runs(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    script = "import docker; d = docker.from_env(); print('up', flush=True)\nwhile d.ping(): pass"
-    flow = pod.flow("python", "-c", script, beside=sidecar)
-    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    sidecar.exec_run(["sh", "-c", "kill -9 $(pidof dockerd)"])
-    assert end(flow, 10)[0] == 1
-    code, output = end(sidecar, 10)
-    assert code == 1
-    assert "dind-daemon: dockerd has ended before the flow" in output
-
-
-def test_port_is_closed_to_other_pods(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    flow = pod.flow("sh", "-c", f'python -c "{ASK}"; sleep 300', beside=sidecar)
-    wait_for(lambda: b"linux" in flow.logs(), "the flow reaches the daemon", flow.logs)
-    assert refuses_others(pod.daemon, sidecar)
-
-
-def refuses_others(daemon: docker.DockerClient, sidecar: Container) -> bool:
-    """Whether another container that wants to talk to the sidecar's daemon is refused."""
+def test_the_port_is_closed_to_other_pods(pod: Pod) -> None:
+    sidecar = pod.ready()
     sidecar.reload()
     [network] = sidecar.attrs["NetworkSettings"]["Networks"].values()
     ask = ["docker", "--host", f"tcp://{network['IPAddress']}:2375", "version"]
     with pytest.raises(docker.errors.ContainerError) as error:
-        daemon.containers.run(SIDECAR["image"], ask, entrypoint=[], remove=True, labels=LABELS)
-    return b"Cannot connect to the Docker daemon" in error.value.stderr
+        pod.engine.containers.run(DAEMON, ask, entrypoint=[], remove=True, labels=LABELS)
+    assert b"Cannot connect to the Docker daemon" in error.value.stderr
 
 
-def test_native_sidecar(daemon: docker.DockerClient) -> None:
-    """What Kubernetes 1.29 and newer do with it: start it, probe it, end it."""
-    [spec] = load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"]
-    environment = {entry["name"]: entry["value"] for entry in spec["env"]}
-    container = daemon.containers.run(
-        spec["image"], spec["args"], detach=True, environment=environment, labels=LABELS, privileged=True
-    )
-    try:
-        probe, limit = spec["startupProbe"]["exec"]["command"], spec["startupProbe"]["failureThreshold"]
-        wait_for(lambda: container.exec_run(probe).exit_code == 0, "its probe succeeds", container.logs, limit)
-        assert refuses_others(daemon, container)
-        container.kill("SIGTERM")
-        assert end(container, 15)[0] == 0
-    finally:
-        container.remove(force=True, v=True)
-
-
-@pytest.fixture
-def new_pod(daemon: docker.DockerClient) -> Iterator[Callable[[], Pod]]:
-    """Pods with node storage in common, here a volume."""
-    store = daemon.volumes.create(labels=LABELS)
-    pods: list[Pod] = []
-
-    def create() -> Pod:
-        pods.append(Pod(daemon, store.name))
-        return pods[-1]
-
-    yield create
-    for pod in pods:
-        pod.remove()
-    store.remove()
-
-
-def ready(sidecar: Container) -> Container:
-    wait_for(lambda: sidecar.exec_run(["test", "-p", "/gate/flow"]).exit_code == 0, "the gate opens", sidecar.logs)
-    return sidecar
-
-
-def sh(container: Container, command: str) -> str:
-    code, output = container.exec_run(["sh", "-euc", command])
-    assert code == 0, output.decode()
-    return str(output.decode().strip())
+# Layers that stay on the node
 
 
 KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale --volume stale:/v kept:1 true"
 
 
+def run_flow(pod: Pod, sidecar: Container) -> None:
+    """A flow comes and goes, and the daemon with it."""
+    end(pod.flow("true", beside=sidecar), 10)
+    assert end(sidecar, 30)[0] == 0
+
+
 def test_layers_outlive_the_pod_and_its_sudden_death(new_pod: Callable[[], Pod]) -> None:
-    first = ready(new_pod().sidecar())
-    sh(first, f"{KEEP}; docker network create stale; tar -C / -c bin/sh | docker import -")
+    first = new_pod().ready()
+    sh(first, f"{KEEP}; docker network create stale; docker volume create named")
     first.kill("SIGKILL")
-    second = ready(new_pod().sidecar())
-    images = sh(second, "docker image ls --all --format '{{.Repository}}'").split()
-    assert sorted(images) == ["<none>", "kept"], "a nameless one, too"
+    second = new_pod()
+    sidecar = second.ready()
+    assert sh(sidecar, "docker image ls --format '{{.Repository}}'") == "kept"
+    run_flow(second, sidecar)
+    third = new_pod().ready()
+    assert sh(third, "docker image ls --format '{{.Repository}}'") == "kept"
     left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
-    assert sh(second, left) == "", "what the predecessor left is gone"
-    assert sh(second, "ls /var/lib/docker") == "0\n0.lock"
+    assert sh(third, left) == "", "what the first one left is gone"
+    assert sh(third, "ls /var/lib/docker") == "0\n0.lock"
 
 
 def test_two_pods_at_once_have_a_slot_each(new_pod: Callable[[], Pod]) -> None:
-    first, second = ready(new_pod().sidecar()), ready(new_pod().sidecar())
+    first, second = new_pod().ready(), new_pod().ready()
     roots = [sh(sidecar, "docker info --format '{{.DockerRootDir}}'") for sidecar in (first, second)]
     assert roots == ["/var/lib/docker/0", "/var/lib/docker/1"]
     first.kill("SIGKILL")
-    assert sh(ready(new_pod().sidecar()), "docker info --format '{{.DockerRootDir}}'") == "/var/lib/docker/0"
+    assert sh(new_pod().ready(), "docker info --format '{{.DockerRootDir}}'") == "/var/lib/docker/0"
 
 
-def test_a_broken_slot_is_set_aside(new_pod: Callable[[], Pod]) -> None:
-    first = ready(new_pod().sidecar())
-    sh(first, "echo broken >/var/lib/docker/0/network/files/local-kv.db")
+def test_row_27_a_broken_store_is_thrown_away(new_pod: Callable[[], Pod]) -> None:
+    first = new_pod().ready()
+    sh(first, f"{KEEP}; echo broken >/var/lib/docker/0/network/files/local-kv.db")
     first.kill("SIGKILL")
-    second = ready(new_pod().sidecar())
-    assert b"dind-daemon: slot 0 is set aside as /var/lib/docker/0.broken" in second.logs()
-    assert sh(second, "ls /var/lib/docker") == "0\n0.broken\n0.lock"
+    second = new_pod().ready()
+    assert sh(second, "docker image ls --quiet") == ""
+    assert sh(second, "ls /var/lib/docker") == "0\n0.lock", "and nothing of it is kept"
 
 
-def test_a_bad_configuration_breaks_no_slot(new_pod: Callable[[], Pod]) -> None:
-    first = ready(new_pod().sidecar())
+def test_a_daemon_that_dies_in_mid_run_keeps_its_store(new_pod: Callable[[], Pod]) -> None:
+    new_pod().ready().kill("SIGKILL")
+    second = new_pod().ready()
+    sh(second, f"{KEEP}; kill -9 $(pidof dockerd)")
+    assert end(second, 20)[0] != 0, "it is not started again"
+    assert sh(new_pod().ready(), "docker image ls --format '{{.Repository}}'") == "kept"
+
+
+def test_a_full_store_loses_its_images_after_the_flow(new_pod: Callable[[], Pod]) -> None:
+    first = new_pod().ready()
     sh(first, KEEP)
     first.kill("SIGKILL")
-    assert end(new_pod().sidecar(files={"config/daemon.json": '{"mtu": '}), 30)[0] == 1
-    assert sh(ready(new_pod().sidecar()), "docker image ls --quiet kept:1")
+    second = new_pod()
+    sidecar = second.ready(edits={"-lt 20480": "-lt 1"})
+    assert sh(sidecar, "docker image ls --quiet kept:1")
+    run_flow(second, sidecar)
+    assert sh(new_pod().ready(), "docker image ls --quiet --all") == ""
 
 
-def test_a_full_slot_loses_its_oldest_images(new_pod: Callable[[], Pod]) -> None:
-    first = ready(new_pod().sidecar())
-    big = "dd if=/dev/urandom of=/big bs=1M count=20 2>/dev/null; tar -C / -c big | docker import - {}:1; sleep 1; "
-    sh(first, big.format("old") + big.format("new"))
-    first.kill("SIGKILL")
-    second = ready(new_pod().sidecar(edits={"-gt 20480": "-gt 30"}))
-    assert sh(second, "docker image ls --format '{{.Repository}}'") == "new"
-
-
-@pytest.fixture
-def nested(engine: docker.DockerClient, on: Callable[[str], None]) -> Iterator[Callable[..., tuple[Container, str]]]:
-    """Start a daemon that may break, turn the flow to it, and tell what an image of the engine is called there."""
-    network = engine.networks.create(f"nested-{uuid.uuid4().hex[:8]}", labels=LABELS)
-    registry = Registry(engine, 5059)
-    network.connect(registry.container)
-    network.reload()
-    address = network.attrs["Containers"][registry.container.id]["IPv4Address"].split("/")[0] + ":5000"
-    started: list[Container] = [registry.container]
-
-    def start(image: str, **options: Any) -> tuple[Container, str]:
-        registry.push(image, "nested:1")
-        arguments = ["dockerd", "--host=tcp://0.0.0.0:23750", "--tls=false", f"--insecure-registry={address}"]
-        started.append(
-            engine.containers.run(
-                SIDECAR["image"],
-                arguments,
-                detach=True,
-                environment={"DOCKER_TLS_CERTDIR": ""},
-                labels=LABELS,
-                network=network.name,
-                ports={"23750/tcp": ("127.0.0.1", 23750)},
-                privileged=True,
-                **options,
-            )
-        )
-        wait_for(lambda: b"API listen on" in started[-1].logs(), "dockerd answers", started[-1].logs)
-        on(NESTED)
-        return started[-1], f"{address}/nested:1"
-
-    yield start
-    for container in started:
-        container.remove(force=True, v=True)
-    network.remove()
+# Daemons that fail under the flow
 
 
 def test_daemon_dies_during_the_wait(
     flow_run: Callable[..., Outcome],
     engine: docker.DockerClient,
-    nested: Callable[..., tuple[Container, str]],
+    on: Callable[[str], None],
     logs: list[tuple[str, str, str]],
 ) -> None:
-    container, image = nested(busybox(engine))
+    with run_daemon(engine) as daemon:
+        image = push(engine, busybox(engine), "tests/busybox:1")  # to the daemon's mirror
+        on(daemon.url)
 
-    def kill() -> None:
-        wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)
-        container.kill()
+        def kill() -> None:
+            wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)
+            daemon.container.kill()
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    run = flow_run(image=image, command=["sh", "-c", "echo up; sleep 300"])
-    killer.join()
+        killer = threading.Thread(target=kill)
+        killer.start()
+        run = flow_run(image=image, command=["sh", "-c", "echo up; sleep 300"])
+        killer.join()
     assert run.state.is_failed()
-    assert f"the Docker daemon at {NESTED} does not answer" in run.state.message
+    assert f"the Docker daemon at {daemon.url} does not answer" in run.state.message
     assert f"(image {image})" in run.state.message
     assert run.tasks["GetContainerLogs"].is_skipped()
 
 
 def test_no_disk_space_for_the_image(
-    flow_run: Callable[..., Outcome],
-    engine: docker.DockerClient,
-    nested: Callable[..., tuple[Container, str]],
+    flow_run: Callable[..., Outcome], engine: docker.DockerClient, on: Callable[[str], None]
 ) -> None:
-    engine.api.import_image_from_data(_tar({"big": bytes(64 << 20)}), "docker-sidecar-tests", "big")
-    _, image = nested("docker-sidecar-tests:big", tmpfs={"/var/lib/docker": "size=32m"})
-    engine.images.remove("docker-sidecar-tests:big")
-    run = flow_run(image=image, command="true")
+    with run_daemon(engine, tmpfs={"/var/lib/docker": "size=48m"}) as daemon:
+        on(daemon.url)
+        run = flow_run(image=PREFECT, command="true")
     assert run.state.is_failed()
     assert "no space left on device" in run.state.message
     assert not run.naming("retry")

@@ -482,6 +482,15 @@ class PrefectAPI(ThreadingHTTPServer):
         with self._lock:
             self._store.cancel_flow_run(flow_run_id)
 
+    def restart(self, flow_run_id: str) -> None:
+        """Restart a failed run as the UI's button does. Tasks that had succeeded stay as they are."""
+        with self._lock:
+            run = self.flow_runs[flow_run_id]
+            for task_run in run.task_runs:
+                if State.deserialize(task_run.serialized_state).is_failed():
+                    task_run.enter(Pending("Task run restarted"))
+            run.enter(Scheduled("Flow run restarted"))
+
     def answer(self, request: dict[str, Any], agent_id: str | None) -> tuple[int, Any]:
         """The HTTP status and body for a request: 400, as from Apollo, if it could not even be executed."""
         variables = request.get("variables")

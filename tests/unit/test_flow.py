@@ -15,35 +15,46 @@ import pytest
 import yaml
 from prefect import Flow
 from prefect.cli.build_register import load_flows_from_module, load_flows_from_script
-from prefect.engine.state import Failed, Pending, Retrying, Skipped, State, TriggerFailed
+from prefect.engine.state import Failed, Pending, Skipped, TriggerFailed
 from prefect.tasks import docker as prefect_docker
 from prefect.triggers import always_run
 from prefect.utilities.storage import extract_flow_from_file
 
 from flows import tasks
-from flows.parameters import fault
+from flows.parameters import validate_parameters
 from flows.settings import JOB_TEMPLATES, PROJECT
 
 SCRIPT = PROJECT / "flows" / "docker_sidecar.py"
 TASKS = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
+PARAMETERS = ("image", "command", "environment", "host_config", "time_limit")
 
 
 def test_tasks_and_parameters(flow: Flow) -> None:
     assert flow.name == "Docker sidecar example"
-    assert sorted(task.name for task in flow.tasks) == sorted([*TASKS, "image", "command", "environment", "time_limit"])
+    assert sorted(task.name for task in flow.tasks) == sorted([*TASKS, *PARAMETERS])
     for name in TASKS:
         (task,) = flow.get_tasks(name)
         assert type(task) is getattr(tasks, name)
         assert isinstance(task, getattr(prefect_docker, name))
-        assert task.docker_server_url == "tcp://localhost:2375"
-        assert task.trigger is (always_run if name == "GetContainerLogs" else tasks.stop_at_the_cause)
+        assert task.docker_server_url == os.environ["DOCKER_HOST"]
+        assert task.trigger is (always_run if name == "GetContainerLogs" else tasks.all_successful_or_first_failure)
     assert {task.name for task in flow.reference_tasks()} == {"WaitOnContainer", "GetContainerLogs"}
     assert {parameter.name: (parameter.default, parameter.required) for parameter in flow.parameters()} == {
         "image": ("prefecthq/prefect:1.4.1", False),
         "command": ('''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''', False),
         "environment": (None, False),
+        "host_config": (None, False),
         "time_limit": (None, False),
     }
+
+
+@pytest.mark.parametrize("value", [None, ""])
+def test_the_default_daemon_is_the_recipes(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.delenv("DOCKER_HOST")
+    if value is not None:
+        monkeypatch.setenv("DOCKER_HOST", value)
+    flow = extract_flow_from_file(str(SCRIPT))
+    assert {flow.get_tasks(name)[0].docker_server_url for name in TASKS} == {"tcp://localhost:2375"}
 
 
 def test_edges(flow: Flow) -> None:
@@ -53,6 +64,7 @@ def test_edges(flow: Flow) -> None:
         ("image", "CreateContainer", "image_name"),
         ("command", "CreateContainer", "command"),
         ("environment", "CreateContainer", "environment"),
+        ("host_config", "CreateContainer", "host_config"),
         ("time_limit", "WaitOnContainer", "time_limit"),
         ("PullImage", "CreateContainer", None),
         ("CreateContainer", "StartContainer", "container_id"),
@@ -123,60 +135,119 @@ def test_the_image_holds_what_the_flow_needs(flow: Flow, tmp_path: Path) -> None
     assert result.stdout.strip() == str(image / "flows" / "__init__.py"), result.stderr
 
 
+HINT = """--param command='["sh","-c","echo one"]'"""
+
+
 @pytest.mark.parametrize(
     ("parameters", "says"),
     [
-        ({"image": "Prefect:1"}, "image is 'Prefect:1'; give an image reference (name, name:tag, name@sha256:…)"),
-        ({"image": None}, "image is None; give an image reference"),
-        ({"command": "sh -c 'echo"}, """command is "sh -c 'echo": No closing quotation; close it"""),
-        ({"command": ["sleep", 1]}, "command is ['sleep', 1]; give a string, a list of words, or null"),
-        *(
-            ({"environment": value}, f"environment is {value!r}; give a mapping of names to values")
-            for value in ("A=1", 1, True)
-        ),
-        *(
-            ({"time_limit": value}, f"time_limit is {value!r}; give a number of seconds, or leave it out")
-            for value in (0, -1, "1h", True)
-        ),
+        ({"image": "Prefect:1"}, ["image is 'Prefect:1'; give an image reference (name, name:tag, name@sha256:…)"]),
+        ({"image": None}, ["image is None; give an image reference"]),
+        ({"command": "sh -c 'echo"}, ['command is "sh -c \'echo": No closing quotation', HINT]),
+        ({"command": ["sleep", 1]}, ["command is ['sleep', 1]; give a string, a list of words or null", HINT]),
+        *(({"time_limit": value}, [f"time_limit is {value!r}; give the seconds"]) for value in (0, -1, "1h", True)),
+        ({"host_config": "1g"}, ["host_config is '1g'", """--param host_config='{"mem_limit":"1g"}'"""]),
+        ({"host_config": {"memory": "1g"}}, ["host_config['memory']: got an unexpected keyword argument"]),
+        ({"host_config": {"privileged": True, "mem_limit": "much"}}, ["host_config['mem_limit']: ", "much"]),
+        ({"host_config": {"binds": 5}}, ["host_config['binds']: "]),
+        ({"host_config": {"ulimits": [{"x": 1}]}}, ["host_config['ulimits']: "]),
+        ({"host_config": {"version": "1.41"}}, ["host_config['version']: "]),
+        ({"host_config": {"network_mode": "host", "port_bindings": {"80/tcp": 80}}}, ["network_mode", "port_bindings"]),
     ],
+    ids=str,
 )
-def test_faulty_parameters_are_refused_before_anything_starts(
-    flow: Flow, parameters: dict[str, Any], says: str, caplog: pytest.LogCaptureFixture
+def test_invalid_parameters_fail_before_anything_starts(
+    flow: Flow, parameters: dict[str, Any], says: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     state = flow.run(parameters=parameters)
     assert type(state) is Failed
-    assert state.message.startswith(says)
+    assert state.message.startswith(next(iter(parameters)))
+    assert all(words in state.message for words in says), state.message
     assert {type(result) for result in state.result.values()} == {Pending}, "no task has started"
     assert [record.getMessage() for record in caplog.records].count(state.message) == 1, "one error"
 
 
-@pytest.mark.parametrize("parameters", [{"command": None}, {"command": ["true"], "environment": {"A": 1}}])
-def test_parameters_are_taken(parameters: dict[str, Any]) -> None:
-    assert fault(parameters) is None
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"command": None, "environment": None, "host_config": None, "time_limit": None},
+        {"command": ["true"], "environment": {"A": 1, "B": True, "C": 1.5, "D": None, "E": ""}, "time_limit": 0.5},
+        {"command": "[ 1 = 1 ]", "host_config": {}},
+        {"host_config": {"privileged": True, "binds": ["/workspace:/workspace"], "mem_limit": "1g", "shm_size": 65536}},
+        {"host_config": {"device_requests": [{"Driver": "nvidia", "Count": -1, "Capabilities": [["gpu"]]}]}},
+        {"host_config": {"auto_remove": True, "ulimits": [{"Name": "nofile", "Soft": 1024}], "nano_cpus": 10**9}},
+    ],
+    ids=str,
+)
+def test_valid_parameters(parameters: dict[str, Any]) -> None:
+    assert validate_parameters(parameters) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"B": {"c": "hunter2"}}, "'B'"),
+        ({"B": ["hunter2"]}, "'B'"),
+        ({"B": "hunter2\0"}, "'B'"),
+        ({"": "hunter2"}, "''"),
+        ({"K=hunter2": "hunter2"}, "'K'"),
+        ({"K\0": "hunter2"}, "K"),
+    ],
+    ids=str,
+)
+def test_row_14_what_docker_cannot_hold_is_named_without_its_value(environment: dict[str, Any], named: str) -> None:
+    fault = validate_parameters({"environment": environment})
+    assert fault is not None
+    assert fault.startswith("environment")
+    assert named in fault
+    assert "hunter2" not in fault
+
+
+@pytest.mark.parametrize("environment", [["PASSWORD=hunter2"], "PASSWORD=hunter2", 5, True], ids=str)
+def test_row_15_no_value_of_an_environment_is_shown(environment: Any) -> None:
+    fault = validate_parameters({"environment": environment})
+    assert fault is not None
+    assert "hunter2" not in fault
+    assert """--param environment='{"NAME":"value"}'""" in fault
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"command": "sh -c 'echo " + "x" * 200_000},
+        {"command": [*["x"] * 100_000, 1]},
+        {"image": "X" * 200_000},
+        {"environment": {"x" * 100_000 + "=": "y"}},
+        {"environment": {"x" * 100_000: []}},
+        {"host_config": {"x" * 100_000: 1}},
+        {"host_config": {"mem_limit": "x" * 100_000}},
+        {"host_config": "x" * 100_000},
+        {"time_limit": "x" * 100_000},
+    ],
+    ids=lambda parameters: next(iter(parameters)),
+)
+def test_row_15_messages_are_short(parameters: dict[str, Any]) -> None:
+    fault = validate_parameters(parameters)
+    assert fault is not None
+    assert len(fault) < 500
+
+
+@pytest.mark.parametrize("command", [True, 5, "['sh','-c','x']", '["sh", "-c", "x"]', ["sh", True], {"a": 1}], ids=str)
+def test_row_16_the_message_says_how_to_write_a_command(command: Any) -> None:
+    assert HINT in str(validate_parameters({"command": command}))
 
 
 def test_without_a_daemon_the_run_fails_with_that_cause(
-    flow: Flow, monkeypatch: pytest.MonkeyPatch, nowhere: int
+    flow: Flow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    url = f"tcp://127.0.0.1:{nowhere}"
-    for name in TASKS:
-        flow.get_tasks(name)[0].docker_server_url = url
-    monkeypatch.setattr(tasks, "PULL_RETRY_SECONDS", (0, 0))
-    retries: list[str] = []
-
-    def note(_runner: object, _old: State, new: State) -> None:
-        if type(new) is Retrying:
-            retries.append(new.message)
-
-    state = flow.run(task_runner_state_handlers=[note])
-
+    monkeypatch.setattr(tasks, "DAEMON_SECONDS", 0.2)
+    state = flow.run()
     states = {task.name: result for task, result in state.result.items()}
     cause = states["PullImage"].message
-    assert cause.startswith(f"Pulling prefecthq/prefect:1.4.1: the Docker daemon at {url} does not answer (")
+    assert os.environ["DOCKER_HOST"] in cause
     assert "Connection refused" in cause
-    assert "API version" not in cause  # which it is the SDK's habit to look for first
-    assert retries == [f"{cause}; retry {attempt} of 2 in 0 s" for attempt in (1, 2)]
     assert [type(states[name]) for name in TASKS] == [Failed, TriggerFailed, TriggerFailed, TriggerFailed, Skipped]
     assert states["GetContainerLogs"].message == "No container was created, so there are no logs"
     assert type(state) is Failed
     assert state.message == cause
+    assert len([record for record in caplog.records if "refused" in record.getMessage()]) <= 2, "an error, and no retry"

@@ -1,4 +1,4 @@
-"""The job template, as it is and as the Agent fills it in: valid everywhere, and what the recipe says."""
+"""The job templates, as they are and as the Agent fills them in: what users rely on, and valid for Kubernetes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,163 +19,169 @@ from prefect.run_configs import KubernetesRun
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.graphql import GraphQLResult
 
-from flows.settings import JOB_TEMPLATES, load_job_template
+from flows.settings import load_job_template
 
-SHELLCHECK = Path(sys.executable).with_name("shellcheck")
-# SC3045: the image's sh is busybox's, which has `read -t`. SC2094: both ends of a FIFO, not a file.
-# SC2329: a trap calls the function.
-EXCLUDED = "SC3045,SC2094,SC2329"
-
-
-def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
-    return job["spec"]["template"]["spec"]["containers"]
-
-
-TEMPLATE = load_job_template("docker_sidecar")
-NATIVE = load_job_template("native_sidecar")
-SCRIPTS = {
-    f"{container['name']} {key}": container[key]
-    for path in JOB_TEMPLATES.glob("*.yaml")
-    for container in containers(load_job_template(path.stem))
-    for key in ("command", "args")
-    if key in container
-}
-
-Render = Callable[[dict[str, Any]], dict[str, Any]]
-
-
-@pytest.fixture
-def render(flow: Flow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Render:
-    """The Job that the real Agent makes of a run of the flow; it talks to no cluster until it creates it."""
-    monkeypatch.setattr("prefect.utilities.kubernetes.get_kubernetes_client", lambda *_, **__: None)
-
-    def generate(template: dict[str, Any]) -> dict[str, Any]:
-        flow_run = {
-            "id": "run-1",
-            "run_config": KubernetesRun(job_template=copy.deepcopy(template)).serialize(),
-            "flow": GraphQLResult(id="flow-1", core_version="1.4.1", storage=flow.storage.serialize()),
-        }
-        # no API key of a developer's, neither from the environment nor from a file: the Agent would have it checked
-        with set_temporary_config({"cloud.api_key": None, "home_dir": str(tmp_path)}):
-            return KubernetesAgent().generate_job_spec(GraphQLResult(flow_run))
-
-    return generate
-
-
-@pytest.fixture
-def job(flow: Flow, render: Render) -> dict[str, Any]:
-    return render(flow.run_config.job_template)
-
-
+DOCKER, NATIVE = load_job_template("docker_sidecar"), load_job_template("native_sidecar")
+TEMPLATES = pytest.mark.parametrize("template", [DOCKER, NATIVE], ids=["docker_sidecar", "native_sidecar"])
 VERSIONS = sorted({version.removesuffix("-strict") for version in all_versions()})
+# SC2016: a script within the script has variables of its own. SC2115: `set -u`, and the variable is never empty.
+# SC3045: the image's sh is busybox's.
+SHELLCHECK = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2016,SC2115,SC3045", "-"]
 
 
-def validate(job: dict[str, Any], version: str) -> None:
-    validated = kubernetes_validate.validate(json.loads(json.dumps(job)), version, strict=True)
-    assert version.startswith(f"{validated}.")
+def pod(job: dict[str, Any]) -> dict[str, Any]:
+    return job["spec"]["template"]["spec"]
+
+
+def containers(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The flow's and the daemon's, wherever the latter is."""
+    flow, *others = pod(job)["containers"]
+    [daemon] = [*others, *pod(job).get("initContainers", [])]
+    return flow, daemon
+
+
+def env(container: dict[str, Any]) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
+def words(container: dict[str, Any]) -> str:
+    return " ".join([*container.get("command", []), *container.get("args", [])])
+
+
+@pytest.fixture
+def rendered(template: dict[str, Any], flow: Flow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """The Job that the real Agent makes of a run of the flow, before it talks to a cluster."""
+    monkeypatch.setattr("prefect.utilities.kubernetes.get_kubernetes_client", lambda *_, **__: None)
+    flow_run = {
+        "id": "run-1",
+        "run_config": KubernetesRun(job_template=copy.deepcopy(template)).serialize(),
+        "flow": GraphQLResult(id="flow-1", core_version="1.4.1", storage=flow.storage.serialize()),
+    }
+    # no API key of a developer's, neither from the environment nor from a file: the Agent would have it checked
+    with set_temporary_config({"cloud.api_key": None, "home_dir": str(tmp_path)}):
+        return KubernetesAgent().generate_job_spec(GraphQLResult(flow_run))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_valid_in_every_kubernetes_version(version: str, job: dict[str, Any]) -> None:
-    validate(TEMPLATE, version)
-    validate(job, version)
+@TEMPLATES
+def test_valid_for_kubernetes(version: str, template: dict[str, Any], rendered: dict[str, Any]) -> None:
+    """native_sidecar from 1.28 on: it knows the field, though only 1.29 and newer use it by default."""
+    for job in (template, rendered):
+        if template is NATIVE and int(version.split(".")[1]) < 28:
+            with pytest.raises(kubernetes_validate.ValidationError, match="'restartPolicy' was unexpected"):
+                kubernetes_validate.validate(job, version, strict=True)
+        else:
+            validated = kubernetes_validate.validate(json.loads(json.dumps(job)), version, strict=True)
+            assert version.startswith(f"{validated}.")
 
 
-def test_the_agent_fills_in_the_first_container_alone(job: dict[str, Any]) -> None:
-    assert re.fullmatch("prefect-docker-job-[0-9a-f]{8}", job["metadata"]["name"])
-    (flow_container, daemon), (template, template_daemon) = containers(job), containers(TEMPLATE)
-    assert flow_container["image"] == "gcr.io/dev/docker-on-k8s-flow:0.1.0"
-    assert flow_container["command"] == template["command"]
-    assert flow_container["args"] == ["prefect", "execute", "flow-run"]
-    assert {"name": "PREFECT__CONTEXT__FLOW_RUN_ID", "value": "run-1"} in flow_container["env"]
-    assert {"name": "DOCKER_HOST", "value": "tcp://localhost:2375"} in flow_container["env"]
-    assert daemon == template_daemon
-    assert job["spec"]["template"]["spec"]["volumes"] == TEMPLATE["spec"]["template"]["spec"]["volumes"]
+@TEMPLATES
+def test_the_agent_fills_in_the_flow_and_leaves_the_daemon(template: dict[str, Any], rendered: dict[str, Any]) -> None:
+    assert re.fullmatch("prefect-docker-job-[0-9a-f]{8}", rendered["metadata"]["name"])
+    (flow, daemon), (before, daemon_before) = containers(rendered), containers(template)
+    assert flow["image"] == "gcr.io/dev/docker-on-k8s-flow:0.1.0"
+    assert flow["args"] == ["prefect", "execute", "flow-run"]
+    assert flow.get("command") == before.get("command")
+    assert env(flow).items() >= {**env(before), "PREFECT__CONTEXT__FLOW_RUN_ID": "run-1"}.items()
+    assert daemon == daemon_before
+    assert pod(rendered)["volumes"] == pod(template)["volumes"]
 
 
-def test_what_the_recipe_says() -> None:
-    pod = TEMPLATE["spec"]["template"]["spec"]
-    flow_container, daemon = containers(TEMPLATE)
-    assert TEMPLATE["metadata"]["name"] == "prefect-docker-job"
-    assert pod["restartPolicy"] == "Never"
-    assert [flow_container["name"], daemon["name"]] == ["flow-container", "dind-daemon"]
-    assert {"name": "DOCKER_HOST", "value": "tcp://localhost:2375"} in flow_container["env"]
-    assert {"name": "DOCKER_TLS_CERTDIR", "value": ""} in daemon["env"]
-    assert daemon["resources"]["requests"] == {"cpu": "20m", "memory": "512Mi"}
-    assert {"name": "docker-graph-store", "mountPath": "/var/lib/docker"} in daemon["volumeMounts"]
-    assert {"name": "docker-graph-store", "emptyDir": {}} in pod["volumes"]
-
-
-def test_what_the_recipe_lacks() -> None:
-    flow_container, daemon = containers(TEMPLATE)
-    assert TEMPLATE["spec"]["backoffLimit"] == 0
+@TEMPLATES
+def test_what_users_rely_on(template: dict[str, Any]) -> None:
+    flow, daemon = containers(template)
+    assert template["metadata"]["name"] == "prefect-docker-job"
+    assert template["spec"]["backoffLimit"] == 0
+    assert pod(template)["restartPolicy"] == "Never"
+    assert pod(template)["automountServiceAccountToken"] is False
+    assert [flow["name"], daemon["name"]] == ["flow-container", "dind-daemon"]
     assert re.fullmatch(r"docker:\d+\.\d+\.\d+-dind", daemon["image"])
-    assert daemon["securityContext"] == {"privileged": True}
-    assert flow_container["securityContext"] == {
+    assert set(daemon["resources"]["limits"]) == {"memory", "ephemeral-storage"}
+    assert daemon["resources"]["requests"] == {"cpu": "20m", "memory": "512Mi"}
+    for container in (flow, daemon):
+        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+
+
+@TEMPLATES
+def test_least_privilege(template: dict[str, Any]) -> None:
+    flow, daemon = containers(template)
+    assert flow["securityContext"] == {
         "runAsNonRoot": True,
         "runAsUser": 1000,
+        "runAsGroup": 1000,
         "allowPrivilegeEscalation": False,
         "readOnlyRootFilesystem": True,
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
-    assert TEMPLATE["spec"]["template"]["spec"]["automountServiceAccountToken"] is False
-    assert set(daemon["resources"]["limits"]) == {"memory", "ephemeral-storage"}
-    for key in ("hostNetwork", "hostPID", "hostIPC", "securityContext"):
-        assert key not in TEMPLATE["spec"]["template"]["spec"]
-    assert re.findall(r"(?:--host|-H)[= ](\S+)", daemon["args"][2]) == ["tcp://127.0.0.1:2375"]
+    assert daemon["securityContext"] == {"privileged": True}
+    assert not {"hostNetwork", "hostPID", "hostIPC", "securityContext"} & pod(template).keys()
+    assert not any("hostPath" in volume for volume in pod(template)["volumes"])
+
+
+@TEMPLATES
+def test_nobody_outside_the_pod_reaches_the_daemon(template: dict[str, Any]) -> None:
+    """The image's entrypoint adds a host of its own, unless its first argument is dockerd."""
+    flow, daemon = containers(template)
+    hosts = re.findall(r"(?:--host|-H)[= ]([^\s\"']+)", words(daemon))
+    assert hosts == ["unix:///run/dind/docker.sock" if template is NATIVE else "tcp://127.0.0.1:2375"]
+    assert re.search(r"(?:^|dockerd-entrypoint\.sh )dockerd --host=", words(daemon))
     assert "ports" not in daemon
-    for container in (flow_container, daemon):
-        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    assert env(daemon)["DOCKER_TLS_CERTDIR"] == ""
+    assert env(daemon)["DOCKER_HOST"] == hosts[0]
+    assert env(flow)["DOCKER_HOST"] == hosts[0].replace("127.0.0.1", "localhost")
 
 
-@pytest.mark.parametrize("arguments", SCRIPTS.values(), ids=SCRIPTS)
-def test_shell_scripts(arguments: list[str]) -> None:
-    shell, options, script, _ = arguments
-    assert (shell, options) == ("sh", "-euc")
-    command = [SHELLCHECK, "--shell=sh", f"--exclude={EXCLUDED}", "-"]
-    result = subprocess.run(command, input=script, capture_output=True, text=True)
+@TEMPLATES
+def test_volumes(template: dict[str, Any]) -> None:
+    flow, daemon = ({m["mountPath"]: m["name"] for m in c["volumeMounts"]} for c in containers(template))
+    shared = {"/run/dind": "socket"} if template is NATIVE else {"/alive": "alive"}
+    shared["/workspace"] = "workspace"  # the same path on both sides, as a bind mount is the daemon's folder
+    assert flow == {**shared, "/tmp": "tmp", "/docker-config": "registry-credentials"}
+    assert daemon == {**shared, "/var/lib/docker": "docker-graph-store", "/etc/docker": "daemon-config"}
+    volumes = {volume.pop("name"): volume for volume in copy.deepcopy(pod(template)["volumes"])}
+    assert volumes.keys() == {*flow.values(), *daemon.values()}
+    assert volumes.pop("daemon-config") == {"configMap": {"name": "docker-sidecar", "optional": True}}
+    credentials = volumes.pop("registry-credentials")["secret"]
+    assert (credentials["secretName"], credentials["optional"]) == ("docker-sidecar", True)
+    assert credentials["items"] == [{"key": ".dockerconfigjson", "path": "config.json"}]
+    assert all(volume == {"emptyDir": {}} for volume in volumes.values())
+    assert env(containers(template)[0])["DOCKER_CONFIG"] == "/docker-config"
+
+
+def test_the_native_daemon_is_a_sidecar_without_a_script() -> None:
+    _, daemon = containers(NATIVE)
+    assert daemon["restartPolicy"] == "Always"
+    assert "command" not in daemon
+    assert f"--group={containers(NATIVE)[0]['securityContext']['runAsGroup']}" in daemon["args"]
+
+
+def test_the_templates_agree_on_what_they_share() -> None:
+    def common(job: dict[str, Any]) -> dict[str, Any]:
+        job = copy.deepcopy(job)
+        flow, daemon = containers(job)
+        del pod(job)["containers"]
+        pod(job).pop("initContainers", None)
+        for container in (flow, daemon):
+            for key in ("command", "args", "lifecycle", "restartPolicy"):
+                container.pop(key, None)
+            container["volumeMounts"] = [m for m in container["volumeMounts"] if m["name"] not in ("alive", "socket")]
+            container["env"] = [variable for variable in container["env"] if variable["name"] != "DOCKER_HOST"]
+        pod(job)["volumes"] = [v for v in pod(job)["volumes"] if v["name"] not in ("alive", "socket")]
+        return {"job": job, "flow": flow, "daemon": daemon}
+
+    assert common(DOCKER) == common(NATIVE)
+
+
+@pytest.mark.parametrize("container", containers(DOCKER), ids=["flow", "daemon"])
+def test_shell_scripts(container: dict[str, Any]) -> None:
+    *_, options, script, name = container["command"]
+    assert (options, name) == ("-euc", container["name"])
+    result = subprocess.run(SHELLCHECK, input=script, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_native_template_is_valid_from_1_29_on(version: str, render: Render) -> None:
-    """1.28 knows the field, too, but a cluster of it only if told to; so the template asks for 1.29."""
-    for candidate in (NATIVE, render(NATIVE)):
-        if int(version.split(".")[1]) >= 28:
-            validate(candidate, version)
-        else:
-            with pytest.raises(kubernetes_validate.ValidationError, match="'restartPolicy' was unexpected"):
-                validate(candidate, version)
-
-
-def test_the_agent_keeps_the_native_sidecar(render: Render) -> None:
-    pod = render(NATIVE)["spec"]["template"]["spec"]
-    assert pod["initContainers"] == NATIVE["spec"]["template"]["spec"]["initContainers"]
-    assert [container["name"] for container in pod["containers"]] == ["flow-container"]
-    assert pod["containers"][0]["args"] == ["prefect", "execute", "flow-run"]
-
-
-def test_the_templates_do_not_drift_apart() -> None:
-    """But for the gate, and what takes its place, they are the same."""
-    ours, native = (copy.deepcopy(job["spec"]["template"]["spec"]) for job in (TEMPLATE, NATIVE))
-    (flow_container, daemon), (native_flow_container,) = ours.pop("containers"), native.pop("containers")
-    (native_daemon,) = native.pop("initContainers")
-
-    gate = {"name": "gate", "mountPath": "/gate"}
-    ours["volumes"].remove({"name": "gate", "emptyDir": {}})
-    for container in (flow_container, daemon):
-        container["volumeMounts"].remove(gate)
-        del container["command"]
-    del daemon["args"]
-    for key, value in {"restartPolicy": "Always", "args": ["dockerd", "--host=tcp://127.0.0.1:2375"]}.items():
-        assert native_daemon.pop(key) == value
-    del native_daemon["startupProbe"]
-    for mount in (*daemon["volumeMounts"], *native_daemon["volumeMounts"]):
-        if mount["name"] == "daemon-config":
-            del mount["mountPath"]  # dockerd finds it at /etc/docker by itself, a script has to look first
-
-    assert (flow_container, daemon, ours) == (native_flow_container, native_daemon, native)
-    assert {k: v for k, v in TEMPLATE["spec"].items() if k != "template"} == {
-        k: v for k, v in NATIVE["spec"].items() if k != "template"
-    }
+def test_the_scripts_of_docker_sidecar_are_short() -> None:
+    lines = [line for container in containers(DOCKER) for line in container["command"][-2].splitlines()]
+    assert len(lines) <= 20
+    assert not any("$$" in line for line in lines), "Kubernetes makes $ of it"

@@ -6,17 +6,14 @@ import os
 import shlex
 import shutil
 import signal
-import socket
-import socketserver
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 
 from flows.settings import PROJECT
-from scripts import sidecar
+from scripts import engine
 
 
 @pytest.fixture(autouse=True)
@@ -24,24 +21,26 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the code is wrong and goes on, there is no program to start or install a daemon with."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(sidecar, "HOME", tmp_path / "cache" / "dockerd")
+    monkeypatch.setattr(engine, "CACHE", tmp_path / "cache" / "docker-sidecar-on-kubernetes")
+    monkeypatch.setattr(engine, "SOCKET", f"unix://{tmp_path}/none.sock")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("IMAGE", "", "run: image is ''; give an image reference (name, "),
-        ("IMAGE", "no image", "run: image is 'no image'; give an image reference (name, "),
-        ("COMMAND", "sh -c 'echo", """run: command is "sh -c 'echo": No closing quotation; close it"""),
+        ("IMAGE", "no image", "run: image is 'no image'"),
+        ("COMMAND", "sh -c 'echo", "run: command is \"sh -c 'echo\": No closing quotation"),
+        ("COMMAND", '["sh",', "run: COMMAND is not JSON"),
+        ("ENVIRONMENT", "A=1", "run: ENVIRONMENT is not JSON"),
+        ("HOST_CONFIG", '{"memory": "1g"}', "run: host_config"),
+        ("TIME_LIMIT", "-1", "run: time_limit is -1"),
     ],
 )
-def test_make_run_refuses_at_once(name: str, value: str, says: str, tmp_path: Path, nowhere: int) -> None:
-    # nor is there a daemon to use: Docker's SDK minds proxies, even for this machine
-    proxy = {"HTTP_PROXY": f"http://127.0.0.1:{nowhere}", "NO_PROXY": "", "no_proxy": ""}
+def test_invalid_values_are_refused_at_once(name: str, value: str, says: str, tmp_path: Path) -> None:
     result = subprocess.run(
         [sys.executable, "-m", "scripts.run"],
         cwd=PROJECT,
-        env={**os.environ, **proxy, name: value},
+        env={**os.environ, name: value},
         capture_output=True,
         text=True,
         timeout=30,
@@ -49,7 +48,7 @@ def test_make_run_refuses_at_once(name: str, value: str, says: str, tmp_path: Pa
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith(says)
     assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "cache").exists()  # not even looked for a daemon
+    assert not (tmp_path / "cache").exists()  # no engine was looked for
 
 
 @pytest.mark.parametrize("given", ["make show COMMAND={}", "COMMAND={} make show"])
@@ -67,10 +66,10 @@ def test_make_hands_a_command_on_as_it_is(given: str) -> None:
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, tmp_path: Path) -> None:
-    script = "from scripts import sidecar as s; import time; s.connect = lambda url=None: None; s.hub_answers = bool; "
-    script += "s.up = lambda: print('up', flush=True); "
-    script += "s.down = lambda keep: (print('ending', flush=True), time.sleep(1), print('down'))\n"
-    script += "with s.running(): time.sleep(60)"
+    script = "from scripts import engine as e; import time; e.find = e.own = lambda: None; e._started = [1]; "
+    script += "e.start = lambda: print('up', flush=True); "
+    script += "e.stop = lambda: (print('ending', flush=True), time.sleep(1), print('down'), e._started.clear())\n"
+    script += "with e.running(): time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout
         assert run.stdout.readline() == "up\n"
@@ -81,49 +80,31 @@ def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, 
         assert run.stdout.read() == "down\n"
 
 
-def test_who_listens_on_a_port(nowhere: int) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert f"(process {os.getpid()})" in str(sidecar.port_owner(listener.getsockname()[1]))
-    assert sidecar.port_owner(nowhere) is None
-
-
-def listen_at(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a port stand in for 2375."""
-    monkeypatch.setattr(sidecar, "PORT", port)
-    monkeypatch.setattr(sidecar, "DAEMON", f"tcp://127.0.0.1:{port}")
-
-
-@pytest.mark.parametrize("answer", [b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n", b"SSH-2.0\r\n", b""])
-def test_a_stranger_on_the_port(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stranger(socketserver.BaseRequestHandler):
-        def handle(self) -> None:
-            self.request.recv(1 << 16)
-            self.request.sendall(answer)
-
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Stranger) as server:
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        listen_at(server.server_address[1], monkeypatch)
-        owner = rf"port {sidecar.PORT} is taken by .*\(process {os.getpid()}\), which is no Docker daemon: stop it"
-        with pytest.raises(sidecar.SidecarError, match=owner):
-            sidecar.up()
-        server.shutdown()
-
-
-def test_a_stranger_who_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sidecar, "ANSWER_SECONDS", 0.2)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        listen_at(listener.getsockname()[1], monkeypatch)
-        with pytest.raises(sidecar.SidecarError, match=rf"is taken by .*\(process {os.getpid()}\)"):
-            sidecar.up()
-
-
-def test_the_ways_to_a_daemon(monkeypatch: pytest.MonkeyPatch, nowhere: int) -> None:
-    listen_at(nowhere, monkeypatch)
+def test_no_engine_and_no_way_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(sidecar.SidecarError, match="no Docker engine answers, and this is not root") as error:
-        sidecar.up()
-    ways = [line for line in str(error.value).splitlines() if line.startswith("  - ")]
-    assert [way.split()[1] for way in ways] == ["start", "have", "be"]
+    with pytest.raises(engine.SetupError, match="no Docker engine answers. Start one"), engine.running():
+        pass
+
+
+def test_row_30_one_lock_for_all_that_start_or_stop_an_engine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A `make run` that started the engine is waited for by whoever would use it or stop it."""
+    script = "from scripts import engine as e\nwith e.lock(): print('mine')"
+    with engine.lock():
+        other = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
+        assert other.stdout
+        assert other.stdout.readline() == "engine: waiting for another `make` of this project to end\n"
+    assert other.communicate()[0] == "mine\n"
+
+
+def test_a_wheel_cannot_be_built(tmp_path: Path) -> None:
+    uv = Path(sys.executable).with_name("uv")
+    build = [uv, "build", "--offline", "--wheel", "--out-dir", tmp_path, PROJECT]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "This project is used from its folder" in done.stderr
 
 
 @pytest.mark.parametrize("version", ["3.8.20", "3.12.0"])
