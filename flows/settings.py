@@ -18,10 +18,9 @@ JOB_TEMPLATES = PROJECT / "job_templates"
 
 # Image names, a little wider than https://github.com/distribution/reference: Docker has the last word.
 _REGISTRY = r"(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
-_WORD = "[a-z0-9]+(?:[._-]+[a-z0-9]+)*"
-_NAME = f"{_WORD}(?:/{_WORD})*"
+_NAME = "[a-z0-9]+(?:[._/-]+[a-z0-9]+)*"
 _TAG = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
-_IMAGE = f"(?:{_REGISTRY}/)?{_NAME}(?::{_TAG})?(?:@sha[0-9]+:[0-9a-f]{{64,}})?"
+_IMAGE = f"(?:{_REGISTRY}/)?{_NAME}(?::{_TAG})?(?:@sha[0-9]+:[0-9a-f]+)?"
 
 _VARIABLES = {  # name: default, pattern, what is allowed
     "FLOW_REGISTRY_URL": ("gcr.io/dev/", f"{_REGISTRY}(?:/{_NAME})?/?", "a registry or a path, without a scheme"),
@@ -30,15 +29,13 @@ _VARIABLES = {  # name: default, pattern, what is allowed
     "FLOW_BASE_IMAGE": ("prefecthq/prefect:1.4.1-python3.10", _IMAGE, "an image with Python 3.9, 3.10 or 3.11"),
 }
 
-# What the Agent needs of a Job and of its first container, see generate_job_spec() in Prefect 1.4.1's agent.py.
-# A field with a question mark may be missing. The API server checks the rest: `make preflight`.
-_METADATA = {"name?": str, "labels?": dict}
-_JOB = {"metadata?": _METADATA, "spec": {"template": {"metadata?": _METADATA, "spec": {"containers": list}}}}
-_FLOW = {"name": str, "env?": [{"name": str}], "resources?": {"requests?": dict, "limits?": dict}}
-_TYPES = {dict: "a mapping", list: "a list", str: "a string", type(None): "missing or empty"}
-
-# The script of `sh -c`, in words that "\0" separates: a shell, its options, and the script unless it is missing.
-_SCRIPT = re.compile(r"(?:^|[/\0])(?:ba|da|a)?sh(?:\0-[^\0]+|\0pipefail)*?\0-\w*c(?:\0([^\0]*)|$)")
+# What generate_job_spec() of Prefect 1.4.1's agent.py reads or fills in, by an example of each; `?` may be missing.
+_METADATA = {"name?": "", "labels?": {}}
+_JOB = {"metadata?": _METADATA, "spec": {"template": {"metadata?": _METADATA, "spec": {"containers": []}}}}
+_FLOW = {"name": "", "command?": [], "env?": [], "resources?": {"requests?": {}, "limits?": {}}}
+_TYPES = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean", type(None): "missing or empty"}
+# A shell with `-c`, after its path or a wrapper such as tini, and then its script; words are separated by "\0".
+_SHELL = re.compile(r"(?:^|[/\0])(?:ba|da|a)?sh(?:\0-[^\0]+|\0pipefail)*?\0-\w*c(?:\0(?P<script>[^\0]*)|$)")
 
 
 class SettingsError(ValueError):
@@ -46,27 +43,19 @@ class SettingsError(ValueError):
 
 
 def is_image(reference: str) -> bool:
-    """Whether a string looks like an image reference: ``name``, ``name:tag``, ``host:port/name@sha256:…``."""
+    """Whether a string may be an image reference: ``name``, ``name:tag``, ``host:port/name@sha256:…``."""
     return re.fullmatch(_IMAGE, reference) is not None
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the flow's image goes, what it is built from, and the Job that runs it.
+    """Where the flow's image goes, what it is built from, and the Job that runs it."""
 
-    Attributes:
-        registry_url: registry and path that the flow's image is pushed to, ``gcr.io/dev/``.
-        image_name: name of the flow's image within it.
-        image_tag: tag of the flow's image.
-        base_image: the image that ``Dockerfile`` starts from.
-        job_template: the Kubernetes Job whose first container the Agent fills in.
-    """
-
-    registry_url: str
+    registry_url: str  # with the path that the flow's image is pushed to
     image_name: str
     image_tag: str
-    base_image: str
-    job_template: dict[str, Any]
+    base_image: str  # which `Dockerfile` starts from
+    job_template: dict[str, Any]  # the Agent fills in its first container
 
     @property
     def image(self) -> str:
@@ -75,11 +64,7 @@ class Settings:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
-        """Read the settings; a variable that is not set has the recipe's value.
-
-        Raises:
-            SettingsError: on the first value that cannot be used.
-        """
+        """Read the settings, by default the recipe's. Raises a SettingsError on a value that cannot be used."""
         values = {}
         for variable, (default, pattern, allowed) in _VARIABLES.items():
             value = values[variable[len("FLOW_") :].lower()] = environ.get(variable, default)
@@ -89,67 +74,42 @@ class Settings:
 
 
 def load_job_template(name: str) -> dict[str, Any]:
-    """Read a Kubernetes Job from YAML, and refuse what the Agent would fail on.
-
-    Args:
-        name: the name of a file in ``job_templates/``, without ``.yaml``, or the path of another.
-
-    Raises:
-        SettingsError: if there is no such file, or if it is not a Job whose first container the Agent can fill in.
-
-    Example:
-        >>> flow.run_config = KubernetesRun(job_template=load_job_template("native_sidecar"))
-    """
+    """Read a Job by its name in ``job_templates/`` or its path; raises SettingsError if the Agent would fail on it."""
     known = sorted(template.stem for template in JOB_TEMPLATES.glob("*.yaml"))
     path = JOB_TEMPLATES / f"{name}.yaml" if name in known else Path(name)
     try:
-        job = _parse(path.read_text(encoding="utf-8"))
-        _check_fields(job, _JOB)
-        containers, where = job["spec"]["template"]["spec"]["containers"], "spec.template.spec.containers[0]"
-        _check_fields(containers[0] if containers else None, _FLOW, where)
-        script = _SCRIPT.search("\0".join(map(str, containers[0].get("command") or [])))
-        if script and not re.search(r"\$\{?[@*1]|flow-run", script[1] or ""):
-            fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
-            raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
+        return _job(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         allowed = f"a name in job_templates/ ({', '.join(known)}) or the path of a Kubernetes Job in YAML"
         raise SettingsError(f"JOB_TEMPLATE is {name!r}: {' '.join(str(error).split())}. Allowed: {allowed}.") from None
+
+
+def _job(text: str) -> dict[str, Any]:
+    placeholders = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
+    try:  # as JSON, for the Prefect API stores no dates; of a StringIO, an error does not quote a line
+        documents = json.loads(json.dumps(list(filter(None, yaml.safe_load_all(io.StringIO(text)))), default=str))
+    except Exception as error:  # PyYAML and json raise errors of many types
+        raise ValueError(f"it is not YAML that Kubernetes takes ({error}){placeholders}") from None
+    if len(documents) > 1:
+        raise ValueError(f"it has {len(documents)} documents, but must have one")
+    job: dict[str, Any] = documents[0] if documents and isinstance(documents[0], dict) else {}
+    if (job.get("apiVersion"), job.get("kind")) != ("batch/v1", "Job"):
+        raise ValueError(f"it is not a Kubernetes Job (apiVersion: batch/v1, kind: Job){placeholders}")
+    _check_fields(job, _JOB)
+    flow, where = (job["spec"]["template"]["spec"]["containers"] or [None])[0], "spec.template.spec.containers[0]"
+    _check_fields(flow, _FLOW, where)
+    for index, variable in enumerate(flow.get("env", [])):
+        _check_fields(variable, {"name": ""}, f"{where}.env[{index}]")
+    shell = _SHELL.search("\0".join(map(str, flow.get("command", []))))
+    if shell and not re.search(r"\$\{?[@*1]|flow-run", shell["script"] or ""):
+        fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
+        raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
     return job
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: a date is a string."""
-
-
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", yaml.SafeLoader.construct_yaml_str)
-
-
-def _parse(text: str) -> dict[str, Any]:
-    """The Job in a YAML text; anything else is a ValueError."""
-    hint = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
-    try:
-        documents = [document for document in yaml.load_all(io.StringIO(text), _Loader) if document is not None]
-        documents = json.loads(json.dumps(documents, allow_nan=False))  # the Prefect API stores JSON
-    except Exception as error:  # PyYAML and json raise errors of many types
-        raise ValueError(f"it is not YAML that Kubernetes takes ({error}){hint}") from None
-    if len(documents) > 1:
-        raise ValueError(f"it has {len(documents)} documents, but must have one")
-    for job in documents:
-        if isinstance(job, dict) and (job.get("apiVersion"), job.get("kind")) == ("batch/v1", "Job"):
-            return job
-    raise ValueError(f"it is not a Kubernetes Job (apiVersion: batch/v1, kind: Job){hint}")
-
-
-def _check_fields(value: Any, expected: Any, path: str = "") -> None:
-    """Raise a ValueError that names a field which is missing or of another type than expected."""
-    expected_type = expected if isinstance(expected, type) else type(expected)
-    if not isinstance(value, expected_type):
-        given = _TYPES.get(type(value), "a number")
-        raise ValueError(f"{path} is {given}; it must be {_TYPES[expected_type]}")
-    inner = expected.items() if isinstance(expected, dict) else []
-    for key, what in inner:
+def _check_fields(value: Any, example: Any, path: str = "") -> None:
+    if type(value) is not type(example):
+        raise ValueError(f"{path} is {_TYPES.get(type(value), 'a number')}; it must be {_TYPES[type(example)]}")
+    for key, inner in example.items() if isinstance(example, dict) else ():
         name = key.rstrip("?")
-        if name == key or name in value:
-            _check_fields(value.get(name), what, f"{path}.{name}".lstrip("."))
-    for index, entry in enumerate(value if isinstance(expected, list) else []):
-        _check_fields(entry, expected[0], f"{path}[{index}]")
+        _check_fields(value.get(name, inner if name != key else None), inner, f"{path}.{name}".lstrip("."))

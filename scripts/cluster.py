@@ -23,16 +23,14 @@ from docker.errors import ImageNotFound, NotFound
 from flows.settings import PROJECT
 from scripts import engine
 from scripts.airgap import images
-from scripts.engine import DAEMON, LABELS, PREFECT, REGISTRY, SetupError
+from scripts.engine import DAEMON, LABELS, NAME, PREFECT, REGISTRY, SetupError
 
-NAME = "docker-sidecar"
 NODE = f"{NAME}-control-plane"
 NETWORK = f"{NAME}-kind"
 KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, images.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
-READY_SECONDS = 300
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -41,18 +39,13 @@ def say(message: str) -> None:
     print(f"cluster: {message}", flush=True)
 
 
-def kind(*arguments: str) -> str:
-    """Run kind, with a network and a kubeconfig of the cluster's own.
-
-    Raises:
-        SetupError: with the end of what kind says.
-    """
+def kind(*arguments: str) -> None:
+    """Run kind, with a network and a kubeconfig of the cluster's own."""
     program = shutil.which("kind") or f"{images.programs('kubernetes')}/kind"
     environment = {**os.environ, "KIND_EXPERIMENTAL_DOCKER_NETWORK": NETWORK, "KUBECONFIG": str(KUBECONFIG)}
     done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(f"kind {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
-    return done.stdout
 
 
 def node_options(client: docker.DockerClient) -> list[str] | None:
@@ -68,11 +61,7 @@ def node_options(client: docker.DockerClient) -> list[str] | None:
 
 
 def up(client: docker.DockerClient) -> None:
-    """Have the cluster, with its registry.
-
-    Raises:
-        SetupError: if there can be none; then nothing of it is left.
-    """
+    """Have the cluster, with its registry. Raises SetupError if there can be none; then nothing of it is left."""
     if node := node_of(client):
         if not KUBECONFIG.exists():
             raise SetupError(
@@ -84,8 +73,7 @@ def up(client: docker.DockerClient) -> None:
             return
         say("it was stopped with its engine, and addresses have changed since; making it anew")
         kind("delete", "cluster", "--name", NAME)
-    options = node_options(client)
-    if options is None:
+    if (options := node_options(client)) is None:
         raise SetupError(
             "a cluster needs kind (https://kind.sigs.k8s.io) on PATH and its node image from Docker Hub, "
             "or without Docker Hub, as root on Debian, `make airgap`"
@@ -93,47 +81,39 @@ def up(client: docker.DockerClient) -> None:
     if not client.networks.list(names=[NETWORK]):
         client.networks.create(NETWORK, labels=LABELS)
     engine.registry(client, *IMAGES)
-    if images.NODE in "".join(options):
-        for name in images.control_plane_images():
-            engine.push(client, name)
-    engine.registry_address(client, NETWORK)
+    for name in images.control_plane_images() if f"--image={images.NODE}" in options else ():
+        engine.push(client, name, name)
+    address = engine.registry_address(client, NETWORK)  # which the node already needs
     say("creating a node (about a minute)")
     try:
-        kind("create", "cluster", "--name", NAME, f"--wait={READY_SECONDS}s", *options)
-        _configure(client)
+        kind("create", "cluster", "--name", NAME, "--wait=300s", *options)
+        for name in (REGISTRY, "docker.io"):  # point the node's containerd at the registry
+            folder = f"/etc/containerd/certs.d/{name}"
+            script = f"mkdir -p {folder}; echo '[host.\"http://{address}\"]' >{folder}/hosts.toml; touch {CONFIGURED}"
+            client.containers.get(NODE).exec_run(["sh", "-c", script])
+        create(daemon_config(client, "default"))
     except BaseException:
         kind("delete", "cluster", "--name", NAME)
         raise
     say(f"ready: KUBECONFIG={KUBECONFIG.relative_to(PROJECT)}")
 
 
-def _configure(client: docker.DockerClient) -> None:
-    """Point the node's containerd, and the daemons of pods in the default namespace, at the registry."""
-    address = engine.registry_address(client, NETWORK)
-    for name in (REGISTRY, "docker.io"):
-        folder = f"/etc/containerd/certs.d/{name}"
-        script = f"mkdir -p {folder} && echo '[host.\"http://{address}\"]' >{folder}/hosts.toml && touch {CONFIGURED}"
-        status, output = client.containers.get(NODE).exec_run(["sh", "-c", script])
-        if status != 0:
-            raise SetupError(f"cannot configure the node's containerd: {output.decode()}")
-    kubernetes.utils.create_from_dict(api(), daemon_config(client, "default"))
-
-
 def api() -> kubernetes.client.ApiClient:
     """A client of the cluster, whatever the user's own kubeconfig says."""
-    return kubernetes.config.new_client_from_config(str(KUBECONFIG))
+    return kubernetes.config.new_client_from_config(str(KUBECONFIG))  # type: ignore[no-untyped-call, no-any-return]
+
+
+def create(resource: dict[str, Any]) -> None:
+    """Create a resource on the cluster."""
+    kubernetes.utils.create_from_dict(api(), resource)  # type: ignore[no-untyped-call]
 
 
 def daemon_config(client: docker.DockerClient, namespace: str) -> dict[str, Any]:
     """The ConfigMap that gives the daemons of a namespace's pods their mirror."""
     address = engine.registry_address(client, NETWORK)
-    configuration = {"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]}
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": CONFIG_MAP, "namespace": namespace},
-        "data": {"daemon.json": json.dumps(configuration)},
-    }
+    daemon_json = json.dumps({"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]})
+    metadata = {"name": CONFIG_MAP, "namespace": namespace}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"daemon.json": daemon_json}}
 
 
 def node_of(client: docker.DockerClient) -> Any:
@@ -151,22 +131,8 @@ def down(client: docker.DockerClient) -> None:
     engine.remove_ours(client)
 
 
-def airgap(client: docker.DockerClient) -> None:
-    """Build what a registry would have served, the node image too, unless kind can pull its own."""
-    if node_options(client) == []:
-        say("Docker Hub answers: there is nothing to build")
-        return
-    images.build(client, images.NODE)
-    engine.provide(client, engine.REGISTRY_IMAGE, *IMAGES)
-    say("all images are there: `make cluster-up`, `make test`")
-
-
 def main(what: str) -> None:
-    """Do what the Makefile asks for.
-
-    Raises:
-        SetupError: if it cannot be done.
-    """
+    """Do what the Makefile asks for."""
     if what == "up":
         with engine.lock(), engine.kept() as client:
             up(client)
@@ -181,10 +147,13 @@ def main(what: str) -> None:
                 shutil.rmtree(engine.CACHE)
     else:
         with engine.running() as client:
-            if what == "airgap":
-                airgap(client)
-            elif not node_of(client) and node_options(client) is None:
-                sys.exit(1)
+            options = node_options(client)
+            if what == "possible":
+                sys.exit(options is None and not node_of(client))
+            if options != []:
+                images.build(client, images.NODE)
+                engine.provide(client, engine.REGISTRY_IMAGE, *IMAGES)
+            say("all images are there: `make cluster-up`, `make test`")
 
 
 if __name__ == "__main__":

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import docker
+import docker.utils
 import psutil
 import requests
 from docker.context import ContextAPI
 from docker.errors import DockerException, ImageNotFound, NotFound
 
 from flows.settings import PROJECT, load_job_template
+from flows.tasks import _bypass_proxy as bypass_proxy
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
 HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log
@@ -32,14 +34,14 @@ REGISTRY_IMAGE = "registry:3"
 # as the flow, the flow's image and the Agent's manifest name it
 PREFECT = tuple(f"prefecthq/prefect:1.4.1{python}" for python in ("", "-python3.10", "-python3.7"))
 DAEMON = str(load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"][0]["image"])
-START_SECONDS = 60
-ANSWER_SECONDS, WORK_SECONDS = 5, 600  # how long to wait for a sign of life, and for a build
+ANSWER_SECONDS, START_SECONDS, WORK_SECONDS = 5, 60, 600
+UNREACHABLE = (DockerException, requests.RequestException)
 
 _started: list[subprocess.Popen[bytes]] = []  # kept, for a Popen that is forgotten warns that its process goes on
 
 
 class SetupError(RuntimeError):
-    """Something that is needed is not to be had; the message says why and what to do."""
+    """Something that is needed is not to be had. The message says why and what to do."""
 
 
 def say(message: str) -> None:
@@ -47,13 +49,10 @@ def say(message: str) -> None:
     print(f"engine: {message}", flush=True)
 
 
-def connect(url: str, **options: Any) -> docker.DockerClient:
-    """A client of the Docker engine at a URL.
-
-    Raises:
-        DockerException, requests.RequestException: if none answers.
-    """
-    client = docker.DockerClient(url, timeout=ANSWER_SECONDS, **options)
+def connect(base_url: str, **options: Any) -> docker.DockerClient:
+    """A client of the Docker engine at a URL. Raises one of UNREACHABLE if none answers."""
+    bypass_proxy(base_url)
+    client = docker.DockerClient(base_url, timeout=ANSWER_SECONDS, **options)
     client.ping()
     client.api.timeout = WORK_SECONDS
     return client
@@ -61,62 +60,53 @@ def connect(url: str, **options: Any) -> docker.DockerClient:
 
 def find() -> docker.DockerClient | None:
     """The user's engine, as `docker` finds it: DOCKER_HOST, the current Docker context, the usual socket."""
-    in_environment = bool(os.environ.get("DOCKER_HOST"))
-    options = docker.utils.kwargs_from_env() if in_environment else ContextAPI.kwargs_from_context()
-    return _try(**options)
-
-
-def _try(base_url: str, tls: Any = None) -> docker.DockerClient | None:
-    """An engine if it answers; programs that are started from here, and the flow, then use it as well."""
-    try:
-        client = connect(base_url, **({"tls": tls} if tls else {}))
-    except (DockerException, requests.RequestException):
-        return None
-    os.environ["DOCKER_HOST"] = base_url
-    if tls and tls.cert:
-        os.environ.update(DOCKER_TLS_VERIFY="1", DOCKER_CERT_PATH=str(Path(tls.cert[0]).parent))
-    return client
+    set_already = os.environ.get("DOCKER_HOST")
+    options = docker.utils.kwargs_from_env() if set_already else ContextAPI.kwargs_from_context()
+    with suppress(*UNREACHABLE):
+        client = connect(**options)
+        os.environ["DOCKER_HOST"] = options["base_url"]  # for the flow, and for programs started from here
+        return client
+    return None
 
 
 def own() -> docker.DockerClient | None:
     """The engine that was started here, if it runs."""
-    return _try(SOCKET)
+    with suppress(*UNREACHABLE):
+        client = connect(SOCKET)
+        os.environ["DOCKER_HOST"] = SOCKET
+        return client
+    return None
 
 
 @contextmanager
 def running() -> Iterator[docker.DockerClient]:
-    """An engine for as long as the block lasts: the user's, or one that ends with the block.
-
-    Raises:
-        SetupError: if there can be none.
-    """
+    """An engine for as long as the block lasts: the user's, or one that ends with the block."""
     signal.signal(signal.SIGTERM, _interrupt)
     if client := find():
         yield client
         return
     with lock(), kept() as client:
-        try:
-            yield client
-        finally:
-            if _started:
-                stop()
+        yield client
+        if _started:
+            stop()
 
 
 @contextmanager
 def kept() -> Iterator[docker.DockerClient]:
-    """An engine that stays after the block, unless the block fails and the engine was started for it.
-
-    Raises:
-        SetupError: if there can be none.
-    """
+    """An engine that goes on after the block, unless the block fails and the engine was started for it."""
     signal.signal(signal.SIGTERM, _interrupt)
-    client = find() or own() or start()
     try:
-        yield client
+        yield find() or own() or start()
     except BaseException:
         if _started:
             stop()
         raise
+
+
+def _interrupt(*_: object) -> None:
+    """Treat SIGTERM like Ctrl-C, so that cleanup runs. Ignore the second one that make sends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager
@@ -133,22 +123,16 @@ def lock() -> Iterator[None]:
 
 
 def start() -> docker.DockerClient:
-    """Start dockerd on a unix socket, and where Docker Hub is out of reach, a mirror of it with stand-in images.
-
-    Raises:
-        SetupError: if it cannot be started; then what was there before is as it was.
-    """
+    """Start dockerd on a unix socket. If Docker Hub is out of reach, start a mirror with stand-in images as well."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise SetupError(
             "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST. "
             "Only as root on Linux is one started for you"
         )
     if not shutil.which("dockerd"):
-        if not shutil.which("apt-get"):
-            raise SetupError("no Docker engine answers, and there is no dockerd to start: install Docker")
         say("installing dockerd from the Debian package docker.io (about 30 s)")
         if subprocess.run([PROJECT / "scripts" / "apt-install.sh", "docker.io"]).returncode != 0:
-            raise SetupError("no Docker engine answers, and dockerd cannot be installed, see above")
+            raise SetupError("no Docker engine answers, and dockerd cannot be installed: install Docker")
         if client := find():  # with an init system, the package starts it
             return client
     HOME.mkdir(parents=True, exist_ok=True)
@@ -162,8 +146,8 @@ def start() -> docker.DockerClient:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
     _started.append(process)
     try:
-        client = wait_until(lambda: own() or process.poll() is not None, "dockerd answers")
-        if process.poll() is not None:
+        wait_until(lambda: own() or process.poll() is not None, "dockerd answers")
+        if not (client := own()):
             raise SetupError(f"dockerd cannot be started. The end of its log:\n{log.read_text()[-1500:]}")
         if not can_pull(client, PREFECT[0]):
             say("Docker Hub is out of reach: a local registry with stand-in images takes its place")
@@ -179,8 +163,8 @@ def stop() -> None:
     with suppress(OSError, ValueError, psutil.Error):
         process = psutil.Process(int((HOME / "dockerd.pid").read_text()))
         if f"--pidfile={HOME}/dockerd.pid" in process.cmdline():
-            with suppress(DockerException, requests.RequestException):
-                remove_ours(connect(SOCKET))
+            if client := own():
+                remove_ours(client)
             process.terminate()
             psutil.wait_procs([process], timeout=START_SECONDS)
             say("dockerd has ended")
@@ -202,40 +186,29 @@ def remove_ours(client: docker.DockerClient) -> None:
 
 def can_pull(client: docker.DockerClient, image: str) -> bool:
     """Whether an engine reaches a registry that has an image: its own network, mirrors and proxies decide."""
-    try:
-        client.images.get_registry_data(image)
-    except (DockerException, requests.RequestException):
-        return False
-    return True
+    with suppress(*UNREACHABLE):
+        return bool(client.images.get_registry_data(image))
+    return False
 
 
 def provide(client: docker.DockerClient, *names: str) -> None:
-    """Have images on an engine: those that it has, else from their registry, else stand-ins.
-
-    Raises:
-        SetupError: if an image is not to be had.
-    """
+    """Have images on an engine: those that it has, else from their registry, else stand-ins."""
     from scripts.airgap import images  # it needs this module
 
     for name in names:
         try:
-            client.images.get(name)
+            stand_in = images.LABEL in client.images.get(name).labels
         except ImageNotFound:
-            with suppress(DockerException, requests.RequestException):
+            with suppress(*UNREACHABLE):
                 client.images.pull(name)
                 continue
+            stand_in = True
+        if stand_in:  # also if it is there: what it is made from may have changed
             images.build(client, name)
-        else:
-            if images.inputs_of(client, name):
-                images.build(client, name)  # again, if what it is made from has changed
 
 
 def registry(client: docker.DockerClient, *names: str) -> None:
-    """Have a registry at localhost:5001, which also serves images under the names that they have elsewhere.
-
-    Raises:
-        SetupError: if it does not answer, or an image is not to be had.
-    """
+    """Have a registry at localhost:5001, which also serves images under the names that they have on Docker Hub."""
     provide(client, REGISTRY_IMAGE, *names)
     try:
         client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
@@ -251,30 +224,24 @@ def registry(client: docker.DockerClient, *names: str) -> None:
 
     def answers() -> bool:
         with suppress(requests.RequestException), requests.Session() as session:
-            session.trust_env = False
+            session.trust_env = False  # no proxy
             return session.get(f"http://{REGISTRY}/v2/", timeout=ANSWER_SECONDS).ok
         return False
 
     wait_until(answers, f"the local registry answers at {REGISTRY}; is another program on that port?")
     for name in names:
-        push(client, name)
+        push(client, name, name)
 
 
-def push(client: docker.DockerClient, name: str, path: str = "") -> str:
-    """Push an image of the engine to the local registry, and return its path there.
-
-    Raises:
-        SetupError: if that fails.
-    """
-    repository, tag = (path or name).rsplit(":", 1)
-    repository = repository.replace("registry.k8s.io/", "") if "/" in repository else f"library/{repository}"
-    client.images.get(name).tag(f"{REGISTRY}/{repository}", tag)
-    try:
-        for line in client.api.push(f"{REGISTRY}/{repository}", tag, stream=True, decode=True):
-            if "error" in line:  # in the body of a 200
-                raise SetupError(f"pushing {name} to {REGISTRY}: {line['error']}")
-    finally:
-        client.images.remove(f"{REGISTRY}/{repository}:{tag}")
+def push(client: docker.DockerClient, image: str, name: str) -> str:
+    """Push an image of the engine to the local registry under a name, and return its path there."""
+    repository, tag = name.removeprefix("registry.k8s.io/").rsplit(":", 1)
+    repository = repository if "/" in name else f"library/{repository}"
+    client.images.get(image).tag(f"{REGISTRY}/{repository}", tag)
+    for line in client.api.push(f"{REGISTRY}/{repository}", tag, stream=True, decode=True):
+        if "error" in line:  # in the body of a 200
+            raise SetupError(f"pushing {image} to {REGISTRY}: {line['error']}")
+    client.images.remove(f"{REGISTRY}/{repository}:{tag}")
     return f"{repository}:{tag}"
 
 
@@ -287,21 +254,10 @@ def registry_address(client: docker.DockerClient, network: str) -> str:
     return "{}:5000".format(found.attrs["Containers"][container.id]["IPv4Address"].split("/")[0])
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = START_SECONDS) -> Any:
-    """Wait for a condition, and return what it returned.
-
-    Raises:
-        SetupError: if it does not come.
-    """
+def wait_until(condition: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
+    """Wait for a condition. Raises SetupError if it does not come."""
     deadline = time.monotonic() + seconds
-    while not (found := condition()):
+    while not condition():
         if time.monotonic() > deadline:
             raise SetupError(f"not within {seconds:g} s: {what}")
         time.sleep(0.1)
-    return found
-
-
-def _interrupt(*_: object) -> None:
-    """Treat SIGTERM like Ctrl-C, so that cleanup runs; make sends another, which must not interrupt it."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt

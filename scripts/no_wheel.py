@@ -1,4 +1,4 @@
-"""Build backend that builds nothing: the flow's image is built from this folder, so a wheel would not work elsewhere."""
+"""Build backend that builds nothing: the flow's image is built from this folder, so a wheel would be of no use."""
 
 from typing import Any
 

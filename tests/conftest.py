@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import os
 import signal
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -52,7 +54,9 @@ def private_registry(client: docker.DockerClient, **options: Any) -> Iterator[Co
 
 
 @contextmanager
-def container(client: docker.DockerClient, image: str, command: list[str] | None = None, **options: Any) -> Iterator[Container]:
+def container(
+    client: docker.DockerClient, image: str, command: list[str] | None = None, **options: Any
+) -> Iterator[Container]:
     """A container that runs while the block lasts."""
     found = client.containers.run(image, command, detach=True, labels=LABELS, **options)
     try:
@@ -60,6 +64,16 @@ def container(client: docker.DockerClient, image: str, command: list[str] | None
         yield found
     finally:
         found.remove(force=True, v=True)
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as file:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            file.addfile(entry, io.BytesIO(content))
+    return archive.getvalue()
 
 
 def login(password: str = "password") -> dict[str, str]:

@@ -18,39 +18,35 @@ from pathlib import Path
 import docker
 from docker.errors import BuildError, ImageNotFound
 
-from scripts.engine import DAEMON, PREFECT, PROJECT, REGISTRY_IMAGE, SetupError, say
+from flows.settings import PROJECT
+from scripts.engine import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
 
 HERE = Path(__file__).resolve().parent
 BASE = "docker-sidecar-airgap-base:bookworm"
 OLD_DAEMON = "docker:stable-dind"  # the published recipe's
 LABEL = "docker-sidecar-airgap.inputs"  # a hash of what an image was made from
-BUILD_MB = 3000  # the images, and what building them leaves behind until it is done
 CA_FOLDER = Path("/usr/local/share/ca-certificates")
 GO_MISSING = 3  # exit status of programs.sh
 
 
-def version(module: str, package: str) -> str:
-    """The version of a package that a module here asks for."""
-    [found] = re.findall(rf"^\t{package} (v\S+)", (HERE / module / "go.mod").read_text(), re.MULTILINE)
-    return str(found)
-
-
-KUBERNETES = version("kubernetes", "k8s.io/kubernetes")
+KUBERNETES = re.findall(r"k8s.io/kubernetes (v\S+)", (HERE / "kubernetes" / "go.mod").read_text())[0]
 NODE = f"kindest/node:{KUBERNETES}-airgap"
 ENGINE_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
 NODE_PROGRAMS = ("coredns", "crictl", "kubeadm", "kubectl", "kubelet", "host-local", "loopback", "portmap", "ptp")
-CONTROL_PLANE_PROGRAMS = ("coredns", "etcd", "kube-apiserver", "kube-controller-manager", "kube-proxy", "kube-scheduler")
+CONTROL_PLANE_PROGRAMS = (
+    "coredns",
+    "etcd",
+    "kube-apiserver",
+    "kube-controller-manager",
+    "kube-proxy",
+    "kube-scheduler",
+)
 
 
 def programs(module: str, optional: bool = False) -> Path | None:
     """The folder with a module's programs, which are built if they are not there.
 
-    Args:
-        module: the name of a folder beside this file that has a go.mod.
-        optional: whether None is returned if there is no Go to build them with.
-
-    Raises:
-        SetupError: if they cannot be built.
+    With ``optional`` it is None if there is no Go to build them with. Otherwise that is a SetupError.
     """
     done = subprocess.run([HERE / "programs.sh", module], stdout=subprocess.PIPE, text=True)
     if optional and done.returncode == GO_MISSING:
@@ -73,8 +69,7 @@ def build(client: docker.DockerClient, name: str) -> None:
         SetupError: if there is no stand-in for it, or it cannot be built.
     """
     if name in PREFECT:
-        files = {"prefect-entrypoint.sh": HERE / "prefect-entrypoint.sh", "requirements.txt": PROJECT / "requirements.txt"}
-        _build(client, PREFECT, "prefect.Dockerfile", files)
+        _build(client, PREFECT, "prefect.Dockerfile", {"requirements.txt": PROJECT / "requirements.txt"})
     elif name in (DAEMON, OLD_DAEMON):
         files = {file: HERE / file for file in ("dockerd-entrypoint.sh", "runc-drop-missing-caps")}
         folder = programs("docker", optional=True) if name == DAEMON else None
@@ -85,11 +80,12 @@ def build(client: docker.DockerClient, name: str) -> None:
         folder = programs("docker", optional=True)
         _build(client, [name], "registry.Dockerfile", {"bin/registry": folder / "registry"} if folder else {})
     elif name == NODE:
-        kubernetes, engine = Path(f"{programs('kubernetes')}"), Path(f"{programs('docker')}")
+        kubernetes, engine, policy = (Path(f"{programs(it)}") for it in ("kubernetes", "docker", "network-policy"))
         files = {f"bin/{program}": kubernetes / program for program in CONTROL_PLANE_PROGRAMS}
         _build(client, control_plane_images(), "control-plane.Dockerfile", files)
         files = {f"bin/{program}": kubernetes / program for program in NODE_PROGRAMS}
         files |= {f"bin/{program}": engine / program for program in ENGINE_PROGRAMS}
+        files["bin/kube-router"] = policy / "kube-router"
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)
     else:
@@ -104,7 +100,6 @@ def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, f
     source = next((name for name in names if inputs_of(client, name) == inputs), None)
     if source is None:
         source = names[0]
-        _check_space(client)
         say(f"{source}: building a stand-in (about a minute)")
         labels = {
             "org.opencontainers.image.description": "A stand-in, not the published image: see scripts/airgap/README.md",
@@ -150,31 +145,24 @@ def _build_base(client: docker.DockerClient) -> None:
             "Docker Hub is out of reach, and stand-ins for its images are built on Debian, as root. Run this there, "
             'or give your Docker engine a mirror ("registry-mirrors" in its daemon.json)'
         )
-    _check_space(client)
     if shutil.which("mmdebstrap") is None:
         subprocess.run([PROJECT / "scripts" / "apt-install.sh", "mmdebstrap"], check=True)
     say(f"{BASE}: bootstrapping Debian (about 30 s)")
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder, "base.tar")
         subprocess.run([*bootstrap, "bookworm", str(tar)], check=True, stdout=sys.stderr)
-        client.api.import_image_from_file(str(tar), *BASE.split(":"), changes=[f"LABEL {LABEL}={inputs}"])
+        repository, tag = BASE.split(":")
+        client.api.import_image_from_file(str(tar), repository, tag, changes=[f"LABEL {LABEL}={inputs}"])
     client.images.get(BASE)  # a failed import is reported in the body of a 200, so look
 
 
 def inputs_of(client: docker.DockerClient, name: str) -> str | None:
     """The hash of what a stand-in was made from; None if the image is not there, or not a stand-in."""
     try:
-        return client.images.get(name).labels.get(LABEL)  # type: ignore[no-any-return]
+        return client.images.get(name).labels.get(LABEL)
     except ImageNotFound:
         return None
 
 
 def _hash(lines: Iterable[object]) -> str:
     return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()
-
-
-def _check_space(client: docker.DockerClient) -> None:
-    root = Path(client.info()["DockerRootDir"])
-    free = shutil.disk_usage(root).free // 2**20 if root.is_dir() else BUILD_MB
-    if free < BUILD_MB:
-        raise SetupError(f"building images needs {BUILD_MB} MB in {root}, which has {free} MB; free some")

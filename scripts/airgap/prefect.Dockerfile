@@ -12,7 +12,8 @@ COPY requirements.txt /tmp/
 RUN pip install --no-cache-dir --require-hashes --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
-COPY prefect-entrypoint.sh /usr/local/bin/entrypoint.sh
+# the published image's script installs EXTRA_PIP_PACKAGES first; nothing here needs that
+RUN printf '#!/bin/sh\nexec "$@"\n' >/usr/local/bin/entrypoint.sh && chmod +x /usr/local/bin/entrypoint.sh
 ENV LC_ALL=C.UTF-8 LANG=C.UTF-8
 ENTRYPOINT ["tini", "-g", "--", "entrypoint.sh"]
 CMD ["bash"]

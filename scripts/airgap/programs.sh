@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Builds the programs that a module here names as its tools, and prints the folder that holds them:
 #
-#   scripts/airgap/programs.sh docker        # 4 minutes on two cores; a moment when they are there
-#   scripts/airgap/programs.sh kubernetes    # 8 minutes
+#   scripts/airgap/programs.sh docker            # 4 minutes on two cores; a moment when they are there
+#   scripts/airgap/programs.sh kubernetes        # 8 minutes
+#   scripts/airgap/programs.sh network-policy    # 2 minutes
 #
 # The versions are in MODULE/go.mod. To update one: cd MODULE && go get -tool PATH@VERSION && go mod tidy
 set -euo pipefail
@@ -44,27 +45,25 @@ build() { # what to build, and options
         stop "$module: go build failed: $(grep -A5 '^#' "$work/log" || tail -n 5 "$work/log")"
 }
 mkdir -p "$work/bin"
-mapfile -t tools < <(go list tool | grep -v /opencontainers/runc$)
+say "$module: compiling (minutes)"
 case $module in
     docker)
-        say "$module: compiling (about 4 minutes)"
         moby=$(go list -m -f '{{.Version}}' github.com/moby/moby/v2)
         flags="-X github.com/moby/moby/v2/dockerversion.Version=29-moby-$moby"
+        mapfile -t tools < <(go list tool | grep -v /opencontainers/runc$)
         CGO_ENABLED=0 build "${tools[@]}"
         dpkg-query -s libseccomp-dev gcc >/dev/null 2>&1 || "$here/../apt-install.sh" gcc libc6-dev libseccomp-dev
         flags='-extldflags=-static' CGO_ENABLED=1 build -tags=seccomp,netgo,osusergo github.com/opencontainers/runc
         ;;
     kubernetes)
-        say "$module: compiling (about 8 minutes)"
-        kubernetes=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
-        IFS=v. read -r _ major minor _ <<<"$kubernetes"
-        flags=
-        for value in "gitVersion=$kubernetes" "gitMajor=$major" "gitMinor=$minor"; do
-            flags+=" -X k8s.io/component-base/version.$value"
-        done
-        CGO_ENABLED=0 build "${tools[@]}"
+        IFS=v. read -r _ major minor _ < <(go list -m -f '{{.Version}}' k8s.io/kubernetes)
+        package=k8s.io/component-base/version
+        flags="-X $package.gitVersion=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)"
+        flags+=" -X $package.gitMajor=$major -X $package.gitMinor=$minor"
+        CGO_ENABLED=0 build tool
         mv "$work/bin/server" "$work/bin/etcd"
         ;;
+    *) CGO_ENABLED=0 build tool ;;
 esac
 mv "$work/bin" "$out"
 chmod -R u+w "$work" && rm -rf "$work" # Go's modules are read-only

@@ -13,6 +13,7 @@ import docker
 import pytest
 import requests
 from docker.models.containers import Container
+from docker.models.networks import Network
 from prefect.engine.state import State
 
 from flows import docker_sidecar, tasks
@@ -67,31 +68,46 @@ class Daemon:
 
 
 @contextmanager
-def run_daemon(engine: docker.DockerClient, *arguments: str, **options: Any) -> Iterator[Daemon]:
-    """Run the templates' daemon, with its port on this machine's loopback interface only."""
+def private_network(engine: docker.DockerClient) -> Iterator[Network]:
+    """A network of the engine while the block lasts, with the local registry in it."""
     network = engine.networks.create(f"docker-sidecar-tests-{uuid.uuid4().hex[:8]}", labels=LABELS)
     try:
-        mirror = registry_address(engine, network.name)
-        # --tls=false: without it dockerd sleeps 15 s to warn of a port that only this network reaches
-        command = ["dockerd", "--host=tcp://0.0.0.0:2375", "--tls=false", f"--registry-mirror=http://{mirror}"]
-        with container(
-            engine,
-            DAEMON,
-            [*command, f"--insecure-registry={mirror}", *arguments],
-            environment={"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": "tcp://127.0.0.1:2375"},
-            network=network.name,
-            ports={"2375/tcp": ("127.0.0.1", None)},
-            privileged=True,
-            **options,
-        ) as found:
-            wait_for(lambda: found.attrs["NetworkSettings"]["Ports"] or found.reload(), "its port is known", found.logs)
-            url = "tcp://127.0.0.1:" + found.attrs["NetworkSettings"]["Ports"]["2375/tcp"][0]["HostPort"]
-            wait_for(lambda: answers(url), "dockerd answers", found.logs, 60)
-            yield Daemon(connect(url), url, found)
+        registry_address(engine, network.name)
+        yield network
     finally:
         for each in engine.networks.get(network.id).containers:
             network.disconnect(each, force=True)
         network.remove()
+
+
+@contextmanager
+def run_daemon(engine: docker.DockerClient, network: Network, *arguments: str, **options: Any) -> Iterator[Daemon]:
+    """Run the templates' daemon, with its port on this machine's loopback interface only."""
+    # --tls=false: without it dockerd sleeps 15 s to warn of a port that only this network reaches
+    with container(
+        engine,
+        DAEMON,
+        ["dockerd", "--host=tcp://0.0.0.0:2375", "--tls=false", *arguments],
+        environment={"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": "tcp://127.0.0.1:2375"},
+        network=network.name,
+        ports={"2375/tcp": ("127.0.0.1", None)},
+        privileged=True,
+        **options,
+    ) as found:
+        wait_for(lambda: found.attrs["NetworkSettings"]["Ports"] or found.reload(), "its port is known", found.logs)
+        url = "tcp://127.0.0.1:" + found.attrs["NetworkSettings"]["Ports"]["2375/tcp"][0]["HostPort"]
+        wait_for(lambda: answers(url), "dockerd answers", found.logs, 60)
+        yield Daemon(connect(url), url, found)
+
+
+@contextmanager
+def daemon_with_mirror(engine: docker.DockerClient, **options: Any) -> Iterator[Daemon]:
+    """Run the templates' daemon, with the local registry as its mirror of Docker Hub."""
+    with private_network(engine) as network:
+        mirror = registry_address(engine, network.name)
+        flags = f"--registry-mirror=http://{mirror}", f"--insecure-registry={mirror}"
+        with run_daemon(engine, network, *flags, **options) as daemon:
+            yield daemon
 
 
 def answers(url: str) -> bool:
@@ -103,7 +119,7 @@ def answers(url: str) -> bool:
 @pytest.fixture(scope="session")
 def sidecar(engine: docker.DockerClient) -> Iterator[Daemon]:
     """The daemon that the flow's runs use. Its store is kept for the next time."""
-    with run_daemon(engine, volumes={"docker-sidecar-tests-daemon": {"bind": "/var/lib/docker"}}) as found:
+    with daemon_with_mirror(engine, volumes={"docker-sidecar-tests-daemon": {"bind": "/var/lib/docker"}}) as found:
         have(found.client, PREFECT)
         for left in found.client.containers.list(all=True):  # by tests that were killed
             left.remove(force=True, v=True)

@@ -1,35 +1,83 @@
-"""What `make run` finds of an earlier one that was killed."""
+"""What `make run` finds on a machine: a proxy, an engine with a mirror, a registry that starts again, a bad dockerd."""
 
 from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import docker
 import pytest
 import requests
 
-from scripts import sidecar
-from tests.conftest import SERVE, have
+from flows.settings import PROJECT
+from scripts import engine as setup
+from scripts.engine import REGISTRY_IMAGE
+from tests.conftest import PREFECT, busybox
+from tests.docker.conftest import Daemon
+
+
+def test_row_31_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
+    """Whether there are images is the engine's to say, whatever this machine reaches itself."""
+    assert setup.can_pull(daemon, PREFECT)
+    assert not setup.can_pull(daemon, "docker-sidecar-tests/not-there:1")
+
+
+def test_row_01_make_run_behind_a_proxy(sidecar: Daemon, image: str) -> None:
+    """The engine on the loopback interface is not asked for through the proxy."""
+    proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9", "no_proxy": ".corp"}
+    environment = {**os.environ, **proxy, "DOCKER_HOST": sidecar.url, "IMAGE": image, "COMMAND": "echo no proxy"}
+    command = [sys.executable, "-m", "scripts.run"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| no proxy" in done.stdout
+
+
+def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path: Path) -> None:
+    """`make run HOST_CONFIG=…` with a folder of this machine, in and out."""
+    (tmp_path / "in").write_text("from here\n")
+    name = busybox(engine, "docker-sidecar-tests:workspace")
+    image = f"{setup.REGISTRY}/{setup.push(engine, name, 'tests/workspace:1')}"
+    environment = {**os.environ, "IMAGE": image, "COMMAND": "cp /workspace/in /workspace/out"}
+    environment["HOST_CONFIG"] = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
+    command = [sys.executable, "-m", "scripts.run"]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out").read_text() == "from here\n"
+
+
+def test_row_29_a_dockerd_that_cannot_start_leaves_what_is_there(
+    engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = {container.id for container in engine.containers.list()}
+    (tmp_path / "dockerd").write_text("#!/bin/sh\necho no such luck >&2; exit 1\n")
+    (tmp_path / "dockerd").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(setup, "HOME", tmp_path / "home")
+    monkeypatch.setattr(setup, "SOCKET", f"unix://{tmp_path}/none.sock")
+    monkeypatch.setattr(setup.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(setup.sys, "platform", "linux")
+    with pytest.raises(setup.SetupError, match="no such luck"):
+        setup.start()
+    assert {container.id for container in engine.containers.list()} == before
 
 
 def test_a_registry_is_waited_for_whatever_it_has_logged(
     engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sidecar, "NAME", "docker-sidecar-slow")
-    monkeypatch.setattr(sidecar, "REGISTRY_PORT", 5058)
-    monkeypatch.setattr(sidecar, "REGISTRY", "localhost:5058")
-    have(engine, "registry:2")
-    engine.containers.create(
-        "registry:2",
+    monkeypatch.setattr(setup, "NAME", "docker-sidecar-slow")
+    monkeypatch.setattr(setup, "REGISTRY", "localhost:5058")
+    slow = engine.containers.create(
+        REGISTRY_IMAGE,
         name="docker-sidecar-slow-registry",
-        entrypoint=["sh", "-euc", f"echo listening on; sleep 1; {SERVE}"],
-        labels=sidecar.LABELS,
+        entrypoint=["sh", "-euc", "echo listening on; sleep 1; exec registry serve /etc/distribution/config.yml"],
+        labels=setup.LABELS,
         ports={"5000/tcp": ("127.0.0.1", 5058)},
-        volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}},  # filled already, where it has to be
     )
     try:
-        sidecar.start_registry(engine, sidecar.hub_answers())
-        assert requests.get("http://localhost:5058/v2/", timeout=sidecar.ANSWER_SECONDS).ok
+        setup.registry(engine)
+        assert requests.get("http://localhost:5058/v2/", timeout=setup.ANSWER_SECONDS).ok
     finally:
-        for container in engine.containers.list(all=True, filters={"name": "docker-sidecar-slow-"}):
-            container.remove(force=True)
-        for volume in engine.volumes.list(filters={"name": "docker-sidecar-slow-"}):
-            volume.remove()
+        slow.remove(force=True, v=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +12,8 @@ from docker.models.containers import Container
 
 from flows.settings import load_job_template
 from scripts.engine import DAEMON, push
-from tests.conftest import LABELS, PREFECT, busybox
-from tests.docker.conftest import Outcome, run_daemon
+from tests.conftest import LABELS, PREFECT, busybox, tar
+from tests.docker.conftest import Outcome, daemon_with_mirror
 from tests.support.waiting import wait_for
 
 FLOW, SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"]
@@ -75,16 +73,6 @@ class Pod:
         sidecar = self.sidecar(**options)
         wait_for(lambda: sidecar.exec_run(["docker", "version"]).exit_code == 0, "dockerd answers", sidecar.logs, 60)
         return sidecar
-
-
-def tar(files: dict[str, bytes]) -> bytes:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as file:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            file.addfile(entry, io.BytesIO(content))
-    return archive.getvalue()
 
 
 def end(container: Container, within: float) -> tuple[int, str]:
@@ -182,7 +170,7 @@ def test_the_pre_stop_hook_has_a_limit(pod: Pod) -> None:
 
 def test_row_26_a_flow_image_that_takes_long_to_pull(pod: Pod) -> None:
     """The sidecar waits for the flow for half an hour, here for 3 s, and leaves no trap behind."""
-    sidecar = pod.sidecar(edits={"timeout 1800": "timeout 3"})
+    sidecar = pod.sidecar(edits={"KILL 1800": "KILL 3"})
     assert end(sidecar, 60)[0] == 0
     late = pod.flow("python", "-c", "print('no lock is in the way')", beside=pod.sidecar())
     assert "no lock is in the way" in end(late, 10)[1]
@@ -192,7 +180,7 @@ def test_row_28_docker_commands_that_hang(new_pod: Callable[[], Pod]) -> None:
     first = new_pod().ready()
     first.kill("SIGKILL")
     pod = new_pod()
-    sidecar = pod.ready(edits={"docker ps -aq": "sleep 300", "timeout 60": "timeout 1"})
+    sidecar = pod.ready(edits={"docker ps -aq": "sleep 300", "KILL 60": "KILL 1"})
     end(pod.flow("true", beside=sidecar), 10)
     assert end(sidecar, 20)[0] == 0
 
@@ -299,7 +287,7 @@ def test_daemon_dies_during_the_wait(
     on: Callable[[str], None],
     logs: list[tuple[str, str, str]],
 ) -> None:
-    with run_daemon(engine) as daemon:
+    with daemon_with_mirror(engine) as daemon:
         image = push(engine, busybox(engine), "tests/busybox:1")  # to the daemon's mirror
         on(daemon.url)
 
@@ -320,7 +308,7 @@ def test_daemon_dies_during_the_wait(
 def test_no_disk_space_for_the_image(
     flow_run: Callable[..., Outcome], engine: docker.DockerClient, on: Callable[[str], None]
 ) -> None:
-    with run_daemon(engine, tmpfs={"/var/lib/docker": "size=48m"}) as daemon:
+    with daemon_with_mirror(engine, tmpfs={"/var/lib/docker": "size=48m"}) as daemon:
         on(daemon.url)
         run = flow_run(image=PREFECT, command="true")
     assert run.state.is_failed()

@@ -24,12 +24,12 @@ import pytest
 import urllib3
 from prefect.run_configs import KubernetesRun
 
-from flows.settings import PROJECT, load_job_template
 import scripts.engine
+from flows.settings import PROJECT, load_job_template
 from scripts import cluster
 from tests.conftest import busybox
-from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.pages import command, commands
+from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
 NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
@@ -182,6 +182,7 @@ def readme(
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
         path = f"{home}:{Path(sys.executable).parent}:{os.environ['PATH']}"
         environment.update(HOME=str(home), PATH=path, KUBECONFIG=str(cluster.KUBECONFIG))
+        environment["FLOW_IMAGE_TAG"] = NAMESPACE  # not one that the node has pulled already
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", script],
             cwd=PROJECT,
@@ -219,8 +220,7 @@ def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterat
 def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
     readme("prefect create project")
     readme("prefect register")
-    [flow] = api.flows
-    return flow
+    return next(reversed(api.flows))
 
 
 @pytest.fixture(scope="session")
@@ -294,7 +294,8 @@ class Run:
 
     def container_writes(self, text: str) -> str:
         """Wait until the container's output is in the run's logs, and return the name of the pod."""
-        self.logged(text, 180)
+        self.wait(lambda: text in self.logs() or self.record.state == "Failed", f"the run logs {text!r}", 180)
+        assert text in self.logs(), self.seen()
         [pod] = self.namespace.pods(self.record.id)
         return str(pod.metadata.name)
 

@@ -95,7 +95,9 @@ def test_daemon_that_cannot_start(submit: Submit, template: Template, template_n
         run.logged("nonsense", 2 * HEARTBEAT)
 
 
-def test_daemon_killed_during_the_run(submit: Submit, template: Template, template_name: str, namespace: Namespace) -> None:
+def test_daemon_killed_during_the_run(
+    submit: Submit, template: Template, template_name: str, namespace: Namespace
+) -> None:
     run = submit(template, command=FOREVER)
     pod = run.container_writes("up")
     namespace.execute(pod, "dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
@@ -145,7 +147,12 @@ def answers(namespace: Namespace, pod: str, container: str, address: str) -> str
 
 
 def test_nobody_else_reaches_the_daemon(
-    submit: Submit, template: Template, template_name: str, namespace: Namespace, agent: str, engine: docker.DockerClient
+    submit: Submit,
+    template: Template,
+    template_name: str,
+    namespace: Namespace,
+    agent: str,
+    engine: docker.DockerClient,
 ) -> None:
     run = submit(template, command=FOREVER)
     pod = run.container_writes("up")
@@ -163,13 +170,19 @@ def test_the_flow_has_few_rights(submit: Submit, template: Template, namespace: 
     pod = run.container_writes("up")
     script = "cat /proc/1/status; touch /here; ls /var/run/secrets"
     said = namespace.execute(pod, "flow-container", "sh", "-c", script)
-    for words in ("Uid:\t1000\t", "CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+    for words in (
+        "Uid:\t1000\t",
+        "CapEff:\t0000000000000000",
+        "CapBnd:\t0000000000000000",
+        "NoNewPrivs:\t1",
+        "Seccomp:\t2",
+    ):
         assert words in said, said
     assert "Read-only file system" in said
     assert "kubernetes.io" not in said, "no token of a service account"
 
 
-def test_versions_and_names(submit: Submit, template: Template, namespace: Namespace) -> None:
+def test_versions_and_cluster_dns(submit: Submit, template: Template, namespace: Namespace) -> None:
     """The sidecar is the Docker that the template names, and its containers find the cluster's Services by name."""
     find = "nslookup kubernetes.default.svc.cluster.local"
     run = submit(template, command=["sh", "-c", f"echo up; {find}; while :; do sleep 0.1; done"])
@@ -189,7 +202,9 @@ def test_a_failed_run_is_restarted(submit: Submit, template: Template, api: Pref
     run.logged("Flow run FAILED")
     api.restart(run.record.id)
     run.wait(lambda: run.logs().count("ran in ") == 2, "the container has run again", 120)
-    run.wait(lambda: run.record.state == "Failed" and "exited with code 3" in run.record.message, "it has failed again", 30)
+    run.wait(
+        lambda: run.record.state == "Failed" and "exited with code 3" in run.record.message, "it has failed again", 30
+    )
 
 
 def test_an_agent_behind_a_proxy(submit: Submit, template: Template) -> None:
@@ -202,6 +217,19 @@ def test_an_agent_behind_a_proxy(submit: Submit, template: Template) -> None:
 
 
 # What does not depend on the template
+
+
+def test_the_pages(
+    readme: Callable[..., str], flow_id: str, agent: str, api: PrefectAPI, namespace: Namespace, small_image: str
+) -> None:
+    """After what the fixtures have run of them, in the order of README.md."""
+    said = readme("make preflight NAMESPACE=flows")
+    assert "wrong" not in said, said
+    said = readme("prefect run", {"alpine:3": small_image})
+    assert "Flow run succeeded" in said
+    run = Run(namespace, next(reversed(api.flow_runs.values())))
+    assert run.record.state == "Success", run.seen()
+    assert agent in readme("KUBECONFIG=.kube/config kubectl get pods")
 
 
 def test_from_register_to_a_finished_job(
@@ -247,7 +275,10 @@ def test_daemon_image_that_cannot_be_pulled(submit: Submit, small_image: str) ->
 
 
 def test_five_runs_at_once(submit: Submit, namespace: Namespace) -> None:
-    runs = [submit(load_job_template(["docker_sidecar", "native_sidecar"][number % 2]), command=f"echo run number {number}") for number in range(5)]
+    runs = [
+        submit(load_job_template(["docker_sidecar", "native_sidecar"][number % 2]), command=f"echo run number {number}")
+        for number in range(5)
+    ]
     for number, run in enumerate(runs):
         assert run.reaches("Success", "Failed", timeout=240).state == "Success", run.seen()
         run.logged(f"run number {number}")

@@ -57,18 +57,11 @@ def preflight(place: str, api: PrefectAPI, project: str) -> Preflight:
     ours = {"NAMESPACE": place, "SERVICE_ACCOUNT": "default", "PROJECT": project, "KUBECONFIG": str(cluster.KUBECONFIG)}
 
     def run(**environment: str) -> tuple[set[str], str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "scripts.preflight"],
-            cwd=PROJECT,
-            env={**os.environ, **api.env, **ours, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=60,
-        )
+        command, env = [sys.executable, "-m", "scripts.preflight"], {**os.environ, **api.env, **ours, **environment}
+        done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=60)
         wrong = {line[13:30].strip() for line in done.stdout.splitlines() if line.startswith("wrong ")}
         assert done.returncode == bool(wrong), done.stdout
-        assert "Traceback" not in done.stdout
+        assert "Traceback" not in done.stderr
         return wrong, done.stdout
 
     return run
@@ -94,15 +87,6 @@ def test_all_is_fine(preflight: Preflight, place: str, namespace: Namespace, tem
     assert not namespace.batch.list_namespaced_job(place).items
 
 
-def test_no_cluster(preflight: Preflight, tmp_path: Path) -> None:
-    config = yaml.safe_load(cluster.KUBECONFIG.read_text())
-    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"
-    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
-    wrong, said = preflight(KUBECONFIG=str(tmp_path / "kubeconfig"))
-    assert wrong == {"cluster"}, said
-    assert "Connection refused → start it, or choose another one" in said
-
-
 def test_no_namespace(preflight: Preflight) -> None:
     wrong, said = preflight(NAMESPACE="tests-nowhere")
     assert wrong == {"namespace"}, said
@@ -115,38 +99,28 @@ def test_the_agent_lacks_rights(preflight: Preflight, place: str, namespace: Nam
     rules.append({"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]})
     rbac = kubernetes.client.RbacAuthorizationV1Api(namespace.api)
     rbac.patch_namespaced_role("prefect-agent-rbac", place, {"rules": rules})
-
     review: dict[str, Any] = {"user": f"system:serviceaccount:{place}:default"}
     review["resourceAttributes"] = {"namespace": place, "verb": "list", "resource": "events"}
     ask = kubernetes.client.AuthorizationV1Api(namespace.api).create_subject_access_review
     wait_for(lambda: not ask({"spec": review}).status.allowed, "the role has changed")
     wrong, said = preflight()
     assert wrong == {"Agent's rights"}, said
-    assert "may not delete jobs, list events → prefect agent kubernetes install --rbac --namespace" in said
+    assert f"may not delete jobs, list events → kubectl create role agent --namespace {place} --verb=create" in said
 
 
 def test_an_agent_of_another_name(preflight: Preflight, place: str) -> None:
     wrong, said = preflight(SERVICE_ACCOUNT="agent")
     assert wrong == {"Agent's rights"}, said
-    assert f"kubectl create rolebinding prefect-agent-agent --role=prefect-agent-rbac --serviceaccount={place}:" in said
+    assert f"--role=agent --serviceaccount={place}:agent" in said
 
 
-@pytest.mark.parametrize(
-    ("data", "fault"),
-    [
-        ({"daemon.json": "{'mtu': 1400}"}, "is not JSON"),
-        ({"daemon.json": "[]", "ca.crt": "-----BEGIN CERTIFICATE-----\n"}, "is not a JSON object"),
-        ({"daemon.json": '{"hosts": []}'}, "sets hosts, which the template does already"),
-        ({"daemon.yaml": "{}"}, "has neither a daemon.json nor a certificate"),
-    ],
-)
-def test_the_config_map(
-    preflight: Preflight, place: str, namespace: Namespace, data: dict[str, str], fault: str
-) -> None:
-    namespace.core.create_namespaced_config_map(place, {"metadata": {"name": "docker-sidecar"}, "data": data})
+@pytest.mark.parametrize("content", ["{'mtu': 1400}", "[]"])
+def test_the_config_map(preflight: Preflight, place: str, namespace: Namespace, content: str) -> None:
+    body = {"metadata": {"name": "docker-sidecar"}, "data": {"daemon.json": content}}
+    namespace.core.create_namespaced_config_map(place, body)
     wrong, said = preflight()
     assert wrong == {"ConfigMap"}, said
-    assert fault in said
+    assert "the daemon.json of docker-sidecar is not a JSON object" in said
     assert f"→ kubectl edit configmap docker-sidecar --namespace {place}" in said
 
 
@@ -165,7 +139,7 @@ def test_a_quota(preflight: Preflight, place: str, namespace: Namespace) -> None
     wait_for(lambda: read("none", place).status.hard, "the quota is in force")
     wrong, said = preflight()
     assert wrong == {"Job"}, said
-    assert "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0 → change what namespace" in said
+    assert "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0 → use another NAMESPACE" in said
 
 
 def test_pod_security(preflight: Preflight, place: str, namespace: Namespace, template_name: str) -> None:
@@ -187,11 +161,10 @@ POD = "spec.template.spec"
         pytest.param(f"{POD}.restartPolicy", "Always", "restartPolicy", id="row_19_restart_policy"),
         pytest.param("metadata.namespace", "default", "namespace", id="row_19_namespace"),
         pytest.param("metadata.name", "My_Job", "My_Job", id="row_19_name"),
+        pytest.param(f"{POD}.containers.0.securityContext", "restricted", "SecurityContext", id="row_22_true_reason"),
         # row 24: what is no daemon
         pytest.param(f"{POD}.containers.1.securityContext", "privileged", "SecurityContext", id="row_24_context"),
         pytest.param(f"{POD}.containers.1.args", 5, "args", id="row_24_args"),
-        pytest.param(f"{POD}.containers.1", "daemon", "containers", id="row_24_container"),
-        pytest.param(f"{POD}.volumes", [], "docker-graph-store", id="volumes"),
         pytest.param(f"{POD}.containers.0.gpu", {}, 'unknown field "spec.template.spec.containers[0]', id="typo"),
     ],
 )
@@ -221,5 +194,5 @@ def test_row_23_what_is_not_understood_is_not_judged(preflight: Preflight, tmp_p
 
 def test_an_unknown_project(preflight: Preflight) -> None:
     wrong, said = preflight(PROJECT="not there")
-    assert wrong == {"Prefect project"}, said
-    assert "there is no 'not there' → prefect create project 'not there'" in said
+    assert wrong == {"Prefect"}, said
+    assert "no project 'not there' → prefect create project \"not there\"" in said

@@ -28,7 +28,11 @@ def volume(template: dict[str, Any], name: str) -> dict[str, Any]:
 @pytest.fixture
 def on_node_storage(template: dict[str, Any], template_name: str) -> dict[str, Any]:
     """The template with the edit that docs/kubernetes.md shows for layers that outlive the pod."""
-    edit = yaml.safe_load(example(f"layers-on-the-node-{template_name.partition('_')[0]}"))
+    edits = {
+        "docker_sidecar": example("layers-on-the-node-docker"),
+        "native_sidecar": example("layers-on-the-node-native"),
+    }
+    edit = yaml.safe_load(edits[template_name])
     pod = template["spec"]["template"]["spec"]
     for key, items in edit.items():
         for item in items:
@@ -65,9 +69,7 @@ def test_the_second_run_on_a_node_pulls_nothing(
     assert outcomes == ["Downloaded newer image", "Image is up to date"]
 
 
-def test_two_runs_at_once_use_two_slots(
-    submit: Submit, namespace: Namespace, on_node_storage: dict[str, Any]
-) -> None:
+def test_two_runs_at_once_use_two_slots(submit: Submit, namespace: Namespace, on_node_storage: dict[str, Any]) -> None:
     runs = [submit(on_node_storage, command=FOREVER) for _ in range(2)]
     pods = [run.container_writes("up") for run in runs]
     ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
@@ -105,7 +107,6 @@ def test_configuration_and_private_image(
     instead = {
         "docker-sidecar": name,
         '"registry-mirrors": ["https://mirror.example.com"]': f'"insecure-registries": ["{registry}"]',
-        ',  "proxies": {"https-proxy": "http://proxy.example.com:3128"}': "",  # Docker 23 and newer
         "registry.example.com": registry,
     }
     readme("kubectl create configmap", instead)

@@ -17,10 +17,9 @@ ID = "c0ffee" * 10
 Item = Union[bytes, Callable[[], Any]]  # bytes to send, or something to do or to wait for before the next item
 
 
-def frame(stream: int, data: bytes, second: int | None = None) -> bytes:
-    """A frame of Docker's multiplexed stream, if wanted with the timestamp that `timestamps=1` asks for."""
-    stamp = b"" if second is None else f"2026-01-01T00:00:{second:02}.000000000Z ".encode()
-    return struct.pack(">BxxxL", stream, len(stamp + data)) + stamp + data
+def frame(stream: int, data: bytes) -> bytes:
+    """A frame of Docker's multiplexed stream."""
+    return struct.pack(">BxxxL", stream, len(data)) + data
 
 
 class FakeDocker(ThreadingHTTPServer):
@@ -39,7 +38,7 @@ class FakeDocker(ThreadingHTTPServer):
         self.streams: list[list[Item]] = [[]]  # of output: the first request gets the first one, and so on
         self.exited = threading.Event()
         self.exited.set()
-        self.result: dict[str, Any] = {"StatusCode": 0}
+        self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
         self.gone = False  # whether the container has been removed
         self.die_events: list[dict[str, Any]] = []
         self.closing = threading.Event()
@@ -74,6 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.json({"message": f"No such container: {ID}"}, 404)
         elif path == "/version":
             self.json({"ApiVersion": "1.44"})
+        elif path == "/info":
+            self.json({"LoggingDriver": "json-file"})
         elif path == "/images/create":
             self.stream(item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull)
         elif path == "/containers/create":
@@ -83,6 +84,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.json({"Config": {"Image": "app:1", "Tty": False}, "State": state})
         elif path == "/containers/wait":
             fake.exited.wait()
+            if fake.result is None:
+                raise ConnectionResetError
             self.json(fake.result)
         elif path == "/containers/logs" and query["follow"] == "1":
             self.stream(fake.streams.pop(0) if fake.streams else [])

@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,8 @@ from flows.settings import load_job_template
 DOCKER, NATIVE = load_job_template("docker_sidecar"), load_job_template("native_sidecar")
 TEMPLATES = pytest.mark.parametrize("template", [DOCKER, NATIVE], ids=["docker_sidecar", "native_sidecar"])
 VERSIONS = sorted({version.removesuffix("-strict") for version in all_versions()})
-# SC2016: a script within the script has variables of its own. SC2115: `set -u`, and the variable is never empty.
-# SC3045: the image's sh is busybox's.
-SHELLCHECK = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2016,SC2115,SC3045", "-"]
+# SC2016: a script within the script has variables of its own.
+SHELLCHECK = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2016", "-"]
 
 
 def pod(job: dict[str, Any]) -> dict[str, Any]:
@@ -42,10 +42,6 @@ def containers(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def env(container: dict[str, Any]) -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container["env"]}
-
-
-def words(container: dict[str, Any]) -> str:
-    return " ".join([*container.get("command", []), *container.get("args", [])])
 
 
 @pytest.fixture
@@ -66,13 +62,11 @@ def rendered(template: dict[str, Any], flow: Flow, monkeypatch: pytest.MonkeyPat
 @TEMPLATES
 def test_valid_for_kubernetes(version: str, template: dict[str, Any], rendered: dict[str, Any]) -> None:
     """native_sidecar from 1.28 on: it knows the field, though only 1.29 and newer use it by default."""
+    old = template is NATIVE and int(version.split(".")[1]) < 28
+    outcome = pytest.raises(kubernetes_validate.ValidationError, match="'restartPolicy' was") if old else nullcontext()
     for job in (template, rendered):
-        if template is NATIVE and int(version.split(".")[1]) < 28:
-            with pytest.raises(kubernetes_validate.ValidationError, match="'restartPolicy' was unexpected"):
-                kubernetes_validate.validate(job, version, strict=True)
-        else:
-            validated = kubernetes_validate.validate(json.loads(json.dumps(job)), version, strict=True)
-            assert version.startswith(f"{validated}.")
+        with outcome:
+            kubernetes_validate.validate(json.loads(json.dumps(job)), version, strict=True)
 
 
 @TEMPLATES
@@ -83,8 +77,7 @@ def test_the_agent_fills_in_the_flow_and_leaves_the_daemon(template: dict[str, A
     assert flow["args"] == ["prefect", "execute", "flow-run"]
     assert flow.get("command") == before.get("command")
     assert env(flow).items() >= {**env(before), "PREFECT__CONTEXT__FLOW_RUN_ID": "run-1"}.items()
-    assert daemon == daemon_before
-    assert pod(rendered)["volumes"] == pod(template)["volumes"]
+    assert (daemon, pod(rendered)["volumes"]) == (daemon_before, pod(template)["volumes"])
 
 
 @TEMPLATES
@@ -92,43 +85,36 @@ def test_what_users_rely_on(template: dict[str, Any]) -> None:
     flow, daemon = containers(template)
     assert template["metadata"]["name"] == "prefect-docker-job"
     assert template["spec"]["backoffLimit"] == 0
-    assert pod(template)["restartPolicy"] == "Never"
-    assert pod(template)["automountServiceAccountToken"] is False
+    assert pod(template).items() >= {"restartPolicy": "Never", "automountServiceAccountToken": False}.items()
     assert [flow["name"], daemon["name"]] == ["flow-container", "dind-daemon"]
     assert re.fullmatch(r"docker:\d+\.\d+\.\d+-dind", daemon["image"])
     assert set(daemon["resources"]["limits"]) == {"memory", "ephemeral-storage"}
     assert daemon["resources"]["requests"] == {"cpu": "20m", "memory": "512Mi"}
-    for container in (flow, daemon):
-        assert container["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    assert flow["terminationMessagePolicy"] == daemon["terminationMessagePolicy"] == "FallbackToLogsOnError"
+    assert daemon.get("restartPolicy") == ("Always" if template is NATIVE else None)
 
 
 @TEMPLATES
 def test_least_privilege(template: dict[str, Any]) -> None:
     flow, daemon = containers(template)
-    assert flow["securityContext"] == {
-        "runAsNonRoot": True,
-        "runAsUser": 1000,
-        "runAsGroup": 1000,
-        "allowPrivilegeEscalation": False,
-        "readOnlyRootFilesystem": True,
-        "capabilities": {"drop": ["ALL"]},
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
+    context = {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 1000, "allowPrivilegeEscalation": False}
+    context |= {"readOnlyRootFilesystem": True, "seccompProfile": {"type": "RuntimeDefault"}}
+    assert flow["securityContext"] == {**context, "capabilities": {"drop": ["ALL"]}}
     assert daemon["securityContext"] == {"privileged": True}
     assert not {"hostNetwork", "hostPID", "hostIPC", "securityContext"} & pod(template).keys()
-    assert not any("hostPath" in volume for volume in pod(template)["volumes"])
 
 
 @TEMPLATES
 def test_nobody_outside_the_pod_reaches_the_daemon(template: dict[str, Any]) -> None:
     """The image's entrypoint adds a host of its own, unless its first argument is dockerd."""
     flow, daemon = containers(template)
-    hosts = re.findall(r"(?:--host|-H)[= ]([^\s\"']+)", words(daemon))
+    words = " ".join([*daemon.get("command", []), *daemon.get("args", [])])
+    hosts = re.findall(r"(?:--host|-H)[= ]([^\s\"']+)", words)
     assert hosts == ["unix:///run/dind/docker.sock" if template is NATIVE else "tcp://127.0.0.1:2375"]
-    assert re.search(r"(?:^|dockerd-entrypoint\.sh )dockerd --host=", words(daemon))
+    assert re.search(r"(?:^|dockerd-entrypoint\.sh )dockerd --host=", words)
+    assert template is DOCKER or f"--group={flow['securityContext']['runAsGroup']}" in daemon["args"]
     assert "ports" not in daemon
-    assert env(daemon)["DOCKER_TLS_CERTDIR"] == ""
-    assert env(daemon)["DOCKER_HOST"] == hosts[0]
+    assert env(daemon).items() >= {"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": hosts[0]}.items()
     assert env(flow)["DOCKER_HOST"] == hosts[0].replace("127.0.0.1", "localhost")
 
 
@@ -142,46 +128,23 @@ def test_volumes(template: dict[str, Any]) -> None:
     volumes = {volume.pop("name"): volume for volume in copy.deepcopy(pod(template)["volumes"])}
     assert volumes.keys() == {*flow.values(), *daemon.values()}
     assert volumes.pop("daemon-config") == {"configMap": {"name": "docker-sidecar", "optional": True}}
-    credentials = volumes.pop("registry-credentials")["secret"]
-    assert (credentials["secretName"], credentials["optional"]) == ("docker-sidecar", True)
-    assert credentials["items"] == [{"key": ".dockerconfigjson", "path": "config.json"}]
+    items = [{"key": ".dockerconfigjson", "path": "config.json"}]
+    credentials = {"secretName": "docker-sidecar", "optional": True, "items": items}
+    assert volumes.pop("registry-credentials") == {"secret": credentials}
     assert all(volume == {"emptyDir": {}} for volume in volumes.values())
     assert env(containers(template)[0])["DOCKER_CONFIG"] == "/docker-config"
 
 
-def test_the_native_daemon_is_a_sidecar_without_a_script() -> None:
-    _, daemon = containers(NATIVE)
-    assert daemon["restartPolicy"] == "Always"
-    assert "command" not in daemon
-    assert f"--group={containers(NATIVE)[0]['securityContext']['runAsGroup']}" in daemon["args"]
-
-
 def test_the_templates_agree_on_what_they_share() -> None:
-    def common(job: dict[str, Any]) -> dict[str, Any]:
-        job = copy.deepcopy(job)
-        flow, daemon = containers(job)
-        del pod(job)["containers"]
-        pod(job).pop("initContainers", None)
-        for container in (flow, daemon):
-            for key in ("command", "args", "lifecycle", "restartPolicy"):
-                container.pop(key, None)
-            container["volumeMounts"] = [m for m in container["volumeMounts"] if m["name"] not in ("alive", "socket")]
-            container["env"] = [variable for variable in container["env"] if variable["name"] != "DOCKER_HOST"]
-        pod(job)["volumes"] = [v for v in pod(job)["volumes"] if v["name"] not in ("alive", "socket")]
-        return {"job": job, "flow": flow, "daemon": daemon}
-
-    assert common(DOCKER) == common(NATIVE)
+    for ours, natives in zip(containers(DOCKER), containers(NATIVE)):
+        assert all(ours.get(key) == natives.get(key) for key in ("name", "image", "resources"))
+        assert env(ours).items() - env(natives).items() <= {("DOCKER_HOST", env(ours)["DOCKER_HOST"])}
 
 
 @pytest.mark.parametrize("container", containers(DOCKER), ids=["flow", "daemon"])
 def test_shell_scripts(container: dict[str, Any]) -> None:
     *_, options, script, name = container["command"]
     assert (options, name) == ("-euc", container["name"])
+    assert "$$" not in script, "Kubernetes makes $ of it"
     result = subprocess.run(SHELLCHECK, input=script, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-
-
-def test_the_scripts_of_docker_sidecar_are_short() -> None:
-    lines = [line for container in containers(DOCKER) for line in container["command"][-2].splitlines()]
-    assert len(lines) <= 20
-    assert not any("$$" in line for line in lines), "Kubernetes makes $ of it"

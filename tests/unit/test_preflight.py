@@ -37,9 +37,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", kubeconfig)
-        config = {"backend": "server" if prefect_api else "cloud", "cloud.api": prefect_api, "cloud.api_key": None}
-        quick = {"cloud.rate_limiting.max_retries": 0, "home_dir": str(tmp_path)}  # the first as the command sets it
-        with set_temporary_config({**config, **quick}), contextlib.suppress(SystemExit):
+        config = {"backend": "server", "cloud.api": prefect_api, "cloud.api_key": None, "home_dir": str(tmp_path)}
+        with set_temporary_config(config), contextlib.suppress(SystemExit):
             preflight.main()
         lines = capsys.readouterr().out.splitlines()
         return {line[13:30].strip(): (line[:13].strip(), line[30:]) for line in lines}
@@ -95,7 +94,7 @@ def test_the_command() -> None:
     done = subprocess.run(command, env=environ, cwd=PROJECT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "preflight: 2 wrong\n")
     assert [line[:13].strip() for line in done.stdout.splitlines()] == (
-        ["fine", "wrong", *["not checked"] * 5, "wrong", "not checked"]
+        ["fine", "wrong", *["not checked"] * 5, "wrong"]
     )
 
 
@@ -107,8 +106,6 @@ def test_nothing_is_there(run: Run, tmp_path: Path, nowhere: int) -> None:
     assert "Connection refused → start it, or choose another one: KUBECONFIG" in said["cluster"][1]
     assert said["namespace"] == ("not checked", "because of the cluster")
     assert said["Job"] == said["Secret"] == ("not checked", "because of the namespace")
-    assert "there is no key for " in said["Prefect API"][1]
-    assert said["Prefect project"] == ("not checked", "because of the Prefect API")
 
 
 @pytest.mark.parametrize(
@@ -150,25 +147,24 @@ def test_localhost_is_not_proxied(run: Run, tmp_path: Path, server: Callable[...
     assert said["cluster"] == ("fine", f"Kubernetes v1.37.2 at {url}")
 
 
-def test_the_prefect_api_and_its_project(run: Run) -> None:
+def test_prefect(run: Run) -> None:
     with PrefectAPI() as api:
-        assert run(api.url)["Prefect project"] == ("fine", "PROJECT is not set, so none was looked for")
-        said = run(api.url, PROJECT='it\'s "mine"')
-        assert said["Prefect API"] == ("fine", f"{api.url}, backend 'server'")
-        assert "prefect create project 'it'" in said["Prefect project"][1]
+        assert run(api.url)["Prefect"] == ("fine", f"{api.url}, backend 'server', project (PROJECT) not set")
+        outcome, text = run(api.url, PROJECT="my project")["Prefect"]
+        assert (outcome, text.partition(" → ")[2]) == ("wrong", 'prefect create project "my project"')
         assert not api.errors
 
 
-def test_no_prefect_api(run: Run, nowhere: int) -> None:
-    assert "Connection refused → start it" in run(f"http://127.0.0.1:{nowhere}")["Prefect API"][1]
+def test_no_prefect(run: Run, nowhere: int) -> None:
+    assert "Connection refused → start it" in run(f"http://127.0.0.1:{nowhere}")["Prefect"][1]
 
 
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        *((200, body) for body in (b"<html>", b"[]", b"{}", b'{"data": null}', b'{"errors": [{"message": "no"}]}')),
+        *((200, body) for body in (b"<html>", b"[]", b"{}", b'{"data": null}', b'{"errors": [{"path": ["project"]}]}')),
         *((status, b"words") for status in (401, 404, 429, 503)),
     ],
 )
 def test_row_24_what_is_no_prefect_api(run: Run, server: Callable[..., str], status: int, body: bytes) -> None:
-    assert run(server(status, body), PROJECT="containers")["Prefect API"][0] == "wrong"
+    assert run(server(status, body), PROJECT="containers")["Prefect"][0] == "wrong"

@@ -1,0 +1,106 @@
+"""The pages' examples that need a Docker daemon, and no cluster."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import docker
+import prefect
+import pytest
+
+from scripts.engine import DAEMON, PREFECT, push, registry_address
+from tests.conftest import busybox, container
+from tests.docker.conftest import Daemon, Outcome, private_network, run_daemon
+from tests.support.pages import example
+
+FlowRun = Callable[..., Outcome]
+
+PROXY = """
+import http.client, http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        upstream = http.client.HTTPConnection(sys.argv[1])
+        accept = {"Accept": self.headers["Accept"] or "*/*"}
+        upstream.request(self.command, "/" + self.path.split("/", 3)[3], headers=accept)
+        answer = upstream.getresponse()
+        self.send_response(answer.status)
+        for name, value in answer.getheaders():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(answer.read())
+    do_HEAD = do_GET
+http.server.ThreadingHTTPServer(("", 3128), Handler).serve_forever()
+"""
+
+
+def test_parameters(flow_run: FlowRun, image: str) -> None:
+    outcomes = []
+    for line in example("parameters").splitlines():
+        [_, pair] = shlex.split(line, comments=True)
+        name, _, value = pair.partition("=")
+        run = flow_run(**{"image": image, "command": "env", name: json.loads(value)})
+        outcomes.append((run.state.message, run.output("INFO")))
+    assert "exited with code 3" in outcomes[0][0]
+    assert outcomes[1][1].endswith("ONE")
+    assert "GREETING=hello" in outcomes[2][1]
+    assert [message for message, _ in outcomes[1:]] == ["All reference tasks succeeded."] * 4
+
+
+def test_secret(sidecar: Daemon, image: str, logs: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", sidecar.url)
+    names: dict[str, Any] = {}
+    exec(compile(example("secret"), "secret.py", "exec"), names)
+    with prefect.context(secrets={"API_KEY": "hunter2-of-the-tests"}):
+        state = names["flow"].run(parameters={"image": image})
+    assert state.is_successful(), state
+    assert any("the key has 20 characters" in text for _, _, text in logs)
+    assert not [text for _, _, text in logs if "hunter2" in text]
+
+
+def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:
+    (tmp_path / "docker").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "docker").chmod(0o755)
+    script = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["sh", "-euc", example("copy-images")], env=script, stdout=subprocess.PIPE, text=True)
+    assert set(re.findall("pull (.*)", done.stdout)) == {DAEMON, *PREFECT}
+    assert set(re.findall("push registry.example.com/team/(.*)", done.stdout)) == {DAEMON, *PREFECT}
+
+
+def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
+    text = example("base-image").replace("registry.example.com/team/prefecthq/prefect:1.4.1-python3.10", PREFECT[0])
+    image, _ = engine.images.build(fileobj=io.BytesIO(text.encode()), rm=True)
+    try:
+        command = ["pip", "install", "--retries=0", "nothing-of-this-name"]
+        with pytest.raises(docker.errors.ContainerError) as error:
+            engine.containers.run(image.id, command, remove=True)
+        assert b"pypi.example.com" in error.value.stderr
+    finally:
+        engine.images.remove(image.id, force=True)
+
+
+def test_a_proxy_that_is_really_used(
+    flow_run: FlowRun, engine: docker.DockerClient, on: Callable[[str], None], tmp_path: Path
+) -> None:
+    """With the daemon.json of the page; only the proxy knows where the mirror is."""
+    path = push(engine, busybox(engine), "tests/busybox:1")
+    with private_network(engine) as network:
+        mirror = registry_address(engine, network.name)
+        with container(engine, PREFECT[0], ["python", "-uc", PROXY, mirror], network=network.name) as proxy:
+            address = proxy.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
+            text = example("daemon-json").replace("proxy.example.com", address)
+            (tmp_path / "daemon.json").write_text(text.replace("https://mirror.example.com", "http://mirror.invalid"))
+            with run_daemon(engine, network, volumes={str(tmp_path): {"bind": "/etc/docker"}}) as daemon:
+                on(daemon.url)
+                run = flow_run(image=path, command=["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"])
+            assert run.state.is_successful(), run.state
+            assert run.output("INFO").startswith("1400")
+            assert "192.168.200." in run.output("INFO")
+            assert "mirror.invalid" in proxy.logs().decode()
