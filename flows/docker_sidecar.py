@@ -28,20 +28,17 @@ from flows.tasks import (
 settings = Settings.from_environ()
 docker_server_url = os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"
 
-# Each run can have its own container: these are the run's parameters.
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
 environment = Parameter("environment", default=None)
 host_config = Parameter("host_config", default=None)  # https://docker-py.readthedocs.io, create_host_config()
 time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
 
-# The default of Prefect's Docker tasks is the local socket, so each task is told where the daemon is.
 pull_image = PullImage(docker_server_url=docker_server_url)
 create_container = CreateContainer(docker_server_url=docker_server_url)
 start_container = StartContainer(docker_server_url=docker_server_url)
 wait_on_container = WaitOnContainer(docker_server_url=docker_server_url)
-# `always_run`: the output of a container that failed is what people want to read
-get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_run)
+get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_run)  # also of a failed container
 
 with Flow(
     "Docker sidecar example",
@@ -60,10 +57,8 @@ with Flow(
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.
 flow.set_reference_tasks([status_code, logs])
 
-# The Agent would use its own template, which has no daemon.
 flow.run_config = KubernetesRun(job_template=settings.job_template)
-# The image holds this file and loads the flow from it: no pickle, so the Python that registers
-# and the Python in the image may differ.
+# The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
 flow.storage = Docker(
     registry_url=settings.registry_url,
     image_name=settings.image_name,

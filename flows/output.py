@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
-import re
 import struct
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -18,28 +17,19 @@ import docker
 import requests
 from docker.errors import APIError
 
-# What a batch keeps from its beginning, and from its end.
-HEAD_LINES, HEAD_BYTES = 2000, 1 << 18
-TAIL_LINES, TAIL_BYTES = 500, 1 << 16
-# A longer line is broken.
-LINE_BYTES = 1 << 16
+HEAD, TAIL = 1 << 18, 1 << 17  # what a batch keeps from its beginning and from its end: characters
+LINE_COST = 128  # a line counts as so many characters more, so that short lines are bounded too
+LINE_LENGTH = 1 << 16  # a longer line is broken
 # Docker's numbers of the streams. SYSTEM carries Docker's own errors while it reads the output.
 STDOUT, STDERR, SYSTEM = 1, 2, 3
 
 _HEADER = struct.Struct(">BxxxL")
-_TIMESTAMP = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)\.(\d{9})(Z|[+-]\d\d:\d\d) ")
 
 
 def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
-    """Take Docker's multiplexed stream apart.
+    """Take Docker's multiplexed stream apart: yield the number of the stream, and the bytes.
 
-    Args:
-        chunks: the bytes, cut anywhere.
-        tty: whether the container has a TTY. Then the stream is its output as it is.
-
-    Yields:
-        The number of the stream, and the bytes.
-
+    The chunks may be cut anywhere. With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
     buffer = b""
@@ -47,8 +37,7 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
         if tty:
             yield STDOUT, chunk
             continue
-        buffer = buffer + chunk if buffer else chunk
-        start = 0
+        buffer, start = buffer + chunk, 0
         while len(buffer) - start >= _HEADER.size:
             stream, length = _HEADER.unpack_from(buffer, start)
             end = start + _HEADER.size + length
@@ -62,55 +51,65 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
 def follow(
     client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event
 ) -> Iterator[tuple[int, bytes]]:
-    """Read a container's output until ``exited`` is set.
+    """Read a container's output until ``exited`` is set, as ``frames`` gives it.
 
-    A stream that ends while the container runs is opened again after the last line that came.
-
-    Yields:
-        The number of the stream, and the bytes.
-
-    Raises:
-        APIError: if the output cannot be read, as with the log driver "none".
+    A stream that ends while the container runs is opened again. Raises an APIError if there is no output to read, as
+    with the log driver "none".
     """
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
-    params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": 1, "timestamps": int(not tty)}
+    params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": 1}
+    last = time.time()
     for attempt in itertools.count(1):
-        timestamp = None
         response = client.get(url, params=params, stream=True)
         if not response.ok:
             raise APIError(response.reason, response, response.json().get("message"))
         with suppress(requests.RequestException):  # a connection that breaks is another way for the stream to end
-            for stream, data in frames(response.iter_content(chunk_size=None), tty):
-                found = _TIMESTAMP.match(data)
-                timestamp = found or timestamp
-                yield stream, data[found.end() :] if found else data
-        # Docker answers after it has handled an exit
-        running = not exited.is_set() and client.inspect_container(container_id)["State"].get("Running")
-        if exited.wait(min(0.2 * attempt, 30) if running else 2):
+            for frame in frames(response.iter_content(chunk_size=None), tty):
+                last = time.time()
+                yield frame
+        if exited.wait(attempt):  # Docker reports the exit a little after the end of the stream
             return
-        yield SYSTEM, b"Docker ended the stream while the container runs; opening it again\n"
-        if timestamp:
-            zone = timestamp[3].replace(b"Z", b"+00:00")
-            second = datetime.fromisoformat((timestamp[1] + zone).decode()).timestamp()
-            params["since"] = f"{second:.0f}.{min(int(timestamp[2]) + 1, 999_999_999):09}"
-        else:
-            params.setdefault("since", f"{time.time():.9f}")
+        yield SYSTEM, b"Docker ended the stream while the container runs; lines may be missing or come twice\n"
+        params["since"] = f"{last:.9f}"
 
 
-def _newest(line: bytes) -> bytes:
+def newest_state(line: str) -> str:
     """What a terminal shows of a line: a carriage return goes back to the start of the line."""
-    return line.rstrip(b"\r").rpartition(b"\r")[2]
+    return line.rstrip("\r").rpartition("\r")[2]
 
 
-def _pieces(line: bytes) -> Iterator[bytes]:
-    """Break a long line between characters of UTF-8."""
-    while len(line) > LINE_BYTES:
-        end = LINE_BYTES
-        while end > LINE_BYTES - 4 and line[end] & 0xC0 == 0x80:
-            end -= 1
-        yield line[:end]
-        line = line[end:]
-    yield line
+class ProgressBar:
+    """The newest state of a line that a container rewrites by carriage returns.
+
+    Docker's logs hold a line back until it ends. Its "attach" does not, but it only has the output from now on.
+    """
+
+    def __init__(self, client: docker.APIClient, container_id: str) -> None:
+        self._client, self._container_id = client, container_id
+        self._thread, self._wanted = threading.Thread(), False
+        self._lines: dict[int, bytes] = {}  # by stream, the line that has not ended
+        self._shown: list[tuple[int, str]] = []
+
+    def changes(self, wanted: bool) -> list[tuple[int, str]]:
+        """The states that are new since the last call, with the number of the stream. Only if ``wanted``, read on."""
+        self._wanted = wanted
+        if wanted and not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._read, daemon=True)
+            self._thread.start()
+        lines = [(stream, line.decode(errors="replace").rstrip("\r")) for stream, line in list(self._lines.items())]
+        shown, self._shown = self._shown, [(stream, newest_state(line)) for stream, line in lines if "\r" in line]
+        return [state for state in self._shown if wanted and state not in shown]
+
+    def _read(self) -> None:
+        with suppress(Exception):  # follow() reports what is wrong
+            options: Any = {"stdout": True, "stderr": True, "stream": True, "logs": False, "demux": True}
+            pairs: Any = self._client.attach(self._container_id, **options)
+            for pair in itertools.takewhile(lambda _: self._wanted, pairs):
+                for stream, data in zip((STDOUT, STDERR), pair):
+                    line = self._lines.get(stream, b"") + (data or b"")
+                    self._lines[stream] = line.rpartition(b"\n")[2][-LINE_LENGTH:]
+            pairs.close()
+        self._lines.clear()
 
 
 class Batch:
@@ -122,66 +121,54 @@ class Batch:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._unfinished: dict[int, bytes] = {}  # by stream, what has no newline yet
-        self._shown: dict[int, bytes] = {}  # by stream, the state of a progress bar that was taken last
+        self._decoders: dict[int, Any] = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))
+        self._unfinished: dict[int, str] = defaultdict(str)  # by stream, the line that has not ended
         self._clear()
 
     def _clear(self) -> None:
-        self._head: list[tuple[int, bytes]] = []
-        self._tail: deque[tuple[int, bytes]] = deque()
-        self._head_bytes = self._tail_bytes = self._dropped = 0
+        self._head: list[tuple[int, str]] = []
+        self._tail: deque[tuple[int, str]] = deque()
+        self._head_size = self._tail_size = self._dropped = 0
 
     def add(self, stream: int, data: bytes) -> None:
         """Add output of a stream."""
         with self._lock:
-            *lines, rest = (self._unfinished.get(stream, b"") + data).split(b"\n")
+            *lines, rest = (self._unfinished[stream] + self._decoders[stream].decode(data)).split("\n")
             for line in lines:
-                if (newest := _newest(line)) != self._shown.pop(stream, None):
-                    for piece in _pieces(newest):
-                        self._add_line(stream, piece)
-            if b"\r" in rest:  # a progress bar: only its newest state is kept
-                rest = b"\r" + _newest(rest) + b"\r" * rest.endswith(b"\r")
-            *pieces, self._unfinished[stream] = _pieces(rest)
-            for piece in pieces:
-                self._add_line(stream, piece)
+                self._add_line(stream, newest_state(line))
+            rest = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # older states of a progress bar are not kept
+            while len(rest) > LINE_LENGTH:
+                self._add_line(stream, rest[:LINE_LENGTH])
+                rest = rest[LINE_LENGTH:]
+            self._unfinished[stream] = rest
 
-    def _add_line(self, stream: int, line: bytes) -> None:
-        if not self._tail and len(self._head) < HEAD_LINES and self._head_bytes < HEAD_BYTES:
-            self._head.append((stream, line))
-            self._head_bytes += len(line)
-            return
-        self._tail.append((stream, line))
-        self._tail_bytes += len(line)
-        while len(self._tail) > TAIL_LINES or self._tail_bytes > TAIL_BYTES:
-            self._tail_bytes -= len(self._tail.popleft()[1])
-            self._dropped += 1
+    def _add_line(self, stream: int, line: str) -> None:
+        for start in range(0, len(line) or 1, LINE_LENGTH):
+            piece = line[start : start + LINE_LENGTH]
+            if not self._tail and self._head_size < HEAD:
+                self._head.append((stream, piece))
+                self._head_size += len(piece) + LINE_COST
+                continue
+            self._tail.append((stream, piece))
+            self._tail_size += len(piece) + LINE_COST
+            while self._tail_size > TAIL:
+                self._tail_size -= len(self._tail.popleft()[1]) + LINE_COST
+                self._dropped += 1
 
-    def take(self, last: bool = False, progress: bool = False) -> list[tuple[int, str]]:
-        """Take what has come since the last look.
+    def take(self, last: bool = False) -> list[tuple[int, str]]:
+        """Take the lines that have ended since the last look; at the ``last`` look, the unfinished ones too.
 
-        Args:
-            last: whether this is the last look, which takes a line without a newline as well.
-            progress: whether to take the newest state of a progress bar.
-
-        Returns:
-            Texts of one or more lines, in order, each with the number of its stream.
+        Returns texts of one or more lines, in order, each with the number of its stream.
         """
         with self._lock:
-            for stream, rest in self._unfinished.items():
-                newest, wanted = _newest(rest), last or (progress and b"\r" in rest)
-                if wanted and newest and newest != self._shown.get(stream):
-                    self._add_line(stream, newest)
-                    self._shown[stream] = newest
-            if last:
-                self._unfinished.clear()
+            for stream, rest in self._unfinished.items() if last else ():
+                if rest := newest_state(rest + self._decoders[stream].decode(b"", final=True)):
+                    self._add_line(stream, rest)
+                self._unfinished[stream] = ""
             lines, tail, dropped = self._head, self._tail, self._dropped
             self._clear()
         if dropped:
-            lines.append((lines[-1][0], f"[{dropped:,} lines dropped here: too many for the run's logs]".encode()))
-        texts: list[tuple[int, list[bytes]]] = []
-        for stream, line in (*lines, *tail):
-            if not texts or texts[-1][0] != stream:
-                texts.append((stream, []))
-            texts[-1][1].append(line)
+            lines.append((lines[-1][0], f"[{dropped:,} lines dropped here: too many for the run's logs]"))
+        groups = itertools.groupby([*lines, *tail], key=lambda line: line[0])
         # PostgreSQL, where Prefect keeps the logs, refuses an upload with NUL in it.
-        return [(key, b"\n".join(text).decode(errors="replace").replace("\0", "\ufffd")) for key, text in texts]
+        return [(stream, "\n".join(line for _, line in group).replace("\0", "\ufffd")) for stream, group in groups]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import docker.constants
@@ -24,76 +24,64 @@ def abbreviated(text: str, length: int = 80) -> str:
 def environment_strings(environment: Mapping[str, Any]) -> dict[str, str | None]:
     """An environment as Docker takes it: true, false and numbers as JSON writes them.
 
-    None stays: Docker removes the variable that the image sets.
-
-    Raises:
-        ValueError: if Docker cannot hold a name or a value. The message never has a value: values are secrets.
+    None stays: Docker removes the variable that the image sets. Raises a ValueError on a name or a value that Docker
+    cannot hold. Its message never has a value: values are secrets.
     """
+    strings = {}
     for name, value in environment.items():
         shown = abbreviated(repr(str(name).partition("=")[0]))
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
             raise ValueError(f"environment has the name {shown}: a name is text, not empty, without '=' or NUL")
         if not isinstance(value, (str, int, float, type(None))) or "\0" in str(value):
             raise ValueError(f"environment[{shown}] is not text without NUL, a number, true, false or null")
-    return {
-        name: value if value is None or isinstance(value, str) else json.dumps(value)
-        for name, value in environment.items()
-    }
+        strings[name] = value if value is None or isinstance(value, str) else json.dumps(value)
+    return strings
 
 
-def _command_fault(command: Any) -> str | None:
-    as_json = """--param command='["sh","-c","echo one"]'"""
+def _is_command(command: Any) -> bool:
     if isinstance(command, str):
-        try:
-            words = shlex.split(command)  # as the Docker SDK does
-        except ValueError as error:
-            return f"command is {abbreviated(repr(command))}: {error}; close it, or give a list of words: {as_json}"
-        if words and words[0].startswith("[") and words[0] != "[":
-            return f"command is {abbreviated(repr(command))}, a list that is not JSON; give {as_json}"
-    elif command is not None and not (isinstance(command, list) and all(isinstance(word, str) for word in command)):
-        return f"command is {abbreviated(repr(command))}; give a string, a list of words or null, as in {as_json}"
-    return None
+        first = next(iter(shlex.split(command)), "")  # as the Docker SDK does
+        return first == "[" or not first.startswith("[")  # a list that is not JSON
+    return isinstance(command, list) and all(isinstance(word, str) for word in command)
 
 
-def _host_config_fault(host_config: Any) -> str | None:
-    if not isinstance(host_config, dict):
-        given = abbreviated(repr(host_config))
-        return f"""host_config is {given}; give a mapping, as in --param host_config='{{"mem_limit":"1g"}}'"""
-    for options in (*({key: value} for key, value in host_config.items()), host_config):
-        try:
-            docker.types.HostConfig(version=docker.constants.DEFAULT_DOCKER_API_VERSION, **options)
-        except Exception as error:  # the SDK raises errors of many types
-            what = f"host_config[{abbreviated(repr(next(iter(options))))}]" if len(options) == 1 else "host_config"
-            return f"{what}: {abbreviated(str(error).replace('HostConfig.__init__() ', ''), 200)}"
-    return None
+def _is_environment(environment: Any) -> bool:
+    return isinstance(environment, dict) and environment_strings(environment) is not None
+
+
+def _is_host_config(host_config: Any) -> bool:
+    version = docker.constants.DEFAULT_DOCKER_API_VERSION
+    return isinstance(host_config, dict) and docker.types.HostConfig(version=version, **host_config) is not None
+
+
+def _is_time_limit(seconds: Any) -> bool:
+    return type(seconds) in (int, float) and seconds > 0
+
+
+# By name: a check, which may raise an error that says more, and what is allowed.
+_PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "image": (lambda name: isinstance(name, str) and is_image(name), "an image reference (name, name:tag, …)"),
+    "command": (_is_command, """a string, a list of words or null, as in --param command='["sh","-c","echo one"]'"""),
+    "environment": (_is_environment, """a mapping, as in --param environment='{"NAME":"value"}'"""),
+    "host_config": (_is_host_config, """a mapping, as in --param host_config='{"mem_limit":"1g"}'"""),
+    "time_limit": (_is_time_limit, "the seconds that the container may run, as in --param time_limit=60"),
+}
 
 
 def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
-    """Check a run's parameters.
-
-    Args:
-        parameters: the flow's parameters by name. A parameter that is missing has its default.
-
-    Returns:
-        What is wrong, and what to give instead; None if nothing is wrong.
-    """
-    image, time_limit = parameters.get("image", "default"), parameters.get("time_limit")
-    environment, host_config = parameters.get("environment"), parameters.get("host_config")
-    if not isinstance(image, str) or not is_image(image):
-        return f"image is {abbreviated(repr(image))}; give an image reference (name, name:tag, name@sha256:…)"
-    if fault := _command_fault(parameters.get("command")):
-        return fault
-    if environment is not None and not isinstance(environment, dict):
-        kind = type(environment).__name__
-        return f"""environment is of type {kind}; give a mapping, as in --param environment='{{"NAME":"value"}}'"""
-    try:
-        environment_strings(environment or {})
-    except ValueError as error:
-        return str(error)
-    if time_limit is not None and not (type(time_limit) in (int, float) and time_limit > 0):
-        given = abbreviated(repr(time_limit))
-        return f"time_limit is {given}; give the seconds that the container may run, as in --param time_limit=60"
-    return None if host_config is None else _host_config_fault(host_config)
+    """Check a run's parameters by name. Return what is wrong and what to give instead, or None."""
+    for name, (is_valid, allowed) in _PARAMETERS.items():
+        value, reason = parameters.get(name), ""
+        if name not in parameters or (value is None and name != "image"):
+            continue
+        try:
+            if is_valid(value):
+                continue
+        except Exception as error:  # the SDK raises errors of many types
+            reason = f": {abbreviated(str(error).replace('HostConfig.__init__() ', ''), 200)}"
+        given = f"of type {type(value).__name__}" if name == "environment" else abbreviated(repr(value))
+        return f"{name} is {given}{reason}; give {allowed}"
+    return None
 
 
 def fail_on_invalid_parameters(flow: prefect.Flow, old: State, new: State) -> State | None:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
+import math
 import os
-import queue
 import re
 import signal
 import threading
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, Optional
@@ -35,14 +34,14 @@ from prefect.engine import signals
 from prefect.engine.state import Failed, Pending, Queued, State
 from prefect.tasks import docker as prefect_docker
 
-from flows.output import STDOUT, SYSTEM, Batch, follow
+from flows.output import STDOUT, SYSTEM, Batch, ProgressBar, follow
 from flows.parameters import abbreviated, environment_strings
 
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
-FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs
+FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
 LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
@@ -51,7 +50,6 @@ LABEL = "prefect.flow-run-id"  # the label of a container that names its flow ru
 SOCKET = "unix:///var/run/docker.sock"
 Options = Optional[dict[str, Any]]
 
-_QUOTES = "'\")"  # at the end of a message of requests
 _ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 # Words of Docker 20.10 and 29, without the names of images, hosts and files around them. Transient ones win.
 _NAMES = r'"[^"]*"|\bfor \S+|\S*[/%@.:]\w\S*'
@@ -106,8 +104,13 @@ def error_message(error: Exception, docker_server_url: str) -> str:
         return str(error.explanation or error)
     if not _unreachable(error):
         return str(error)
-    *_, reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))
-    return f"the Docker daemon at {docker_server_url} does not answer ({reason.rstrip(_QUOTES)})"
+    reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
+    return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
+
+
+def failure(message: str) -> signals.FAIL:
+    """A FAIL with a message that is short enough for the run's logs."""
+    return signals.FAIL(abbreviated(message, 500))
 
 
 @contextmanager
@@ -116,10 +119,10 @@ def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[Non
     try:
         yield
     except (*_ERRORS, TypeError, ValueError) as error:
-        raise signals.FAIL(f"{what}: {abbreviated(error_message(error, docker_server_url), 500)}") from None
+        raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
 
 
-def _bypass_proxy(docker_server_url: str) -> None:
+def bypass_proxy(docker_server_url: str) -> None:
     """Never ask a proxy for a daemon on this machine: add its host to the variable that requests reads."""
     address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
     host = address.hostname or "localhost"  # a socket has none
@@ -135,7 +138,7 @@ def connect(docker_server_url: str, logger: Any = None) -> docker.APIClient:
 
     With a logger, wait up to DAEMON_SECONDS for a daemon that is starting, and say so once.
     """
-    _bypass_proxy(docker_server_url)
+    bypass_proxy(docker_server_url)
     tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
     options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
     deadline, waiting = time.monotonic() + DAEMON_SECONDS, False
@@ -181,40 +184,60 @@ def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..
     return decorate
 
 
-class _Progress:
-    """What the events of a pull say. An event may lack anything."""
+class _Pull(threading.Thread):
+    """A pull in a thread, and what its events say. An event may lack anything."""
 
-    def __init__(self) -> None:
-        self.outcome = ""
-        self.layers: dict[str, str] = {}  # id: status
-        self.sizes: dict[str, list[float]] = {}  # id: bytes received, bytes in all
+    def __init__(self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]) -> None:
+        super().__init__(daemon=True)
+        self.outcome = self.login_fault = ""
+        self.error: Exception | None = None
+        self.heard = time.monotonic()  # when the last event came
+        self.done = threading.Event()
+        self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
+        self._layers: dict[str, str] = {}  # id: status
+        self._received: dict[str, float] = {}  # id: bytes
 
-    def add(self, event: Any) -> str:
-        """Add an event, and return its status. Raises APIError if the event is an error."""
-        event = event if isinstance(event, dict) else {}
+    def run(self) -> None:
+        """Pull, and add the events."""
+        try:
+            with prefect.context(self._context):  # a thread has none: what it logs would not reach the run's logs
+                for event in self._events():
+                    self._add(event if isinstance(event, dict) else {})
+        except Exception as error:
+            self.error = error
+        self.done.set()
+
+    def _events(self) -> Any:
+        """Pull with the login that Docker's configuration names, or without one if its credential helper fails."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
+                return self._client.pull(stream=True, decode=True, **self._options)
+        except Exception as error:
+            if isinstance(error, (APIError, OSError)) or "auth_config" in self._options:
+                raise
+            self.login_fault = f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}"
+            return self._client.pull(stream=True, decode=True, auth_config={}, **self._options)
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self.heard = time.monotonic()
         if error := event.get("error") or event.get("errorDetail"):
             words = str(error.get("message") if isinstance(error, dict) else error)
             raise APIError(words, explanation=words)
         status, layer = (value if isinstance(value := event.get(key), str) else "" for key in ("status", "id"))
+        if status:
+            self._log(status)
         if status.startswith("Status: "):
             self.outcome = status[len("Status: ") :]
-        if status and layer and not status.startswith("Pulling from"):
-            self.layers[layer] = status
-            detail = event.get("progressDetail")
-            if status == "Downloading" and isinstance(detail, dict):
-                values = (detail.get("current"), detail.get("total"))
-                self.sizes[layer] = [value if isinstance(value, (int, float)) else 0 for value in values]
-            elif layer in self.sizes:  # Docker does not report the last bytes
-                self.sizes[layer][0] = self.sizes[layer][1]
-        return status
+        elif status and layer and not status.startswith("Pulling from"):
+            self._layers[layer] = status
+        if status == "Downloading" and isinstance(detail := event.get("progressDetail"), dict):
+            current = detail.get("current")
+            self._received[layer] = current if isinstance(current, (int, float)) else 0
 
     def __str__(self) -> str:
-        statuses = self.layers.values()
-        done = sum(status in ("Pull complete", "Already exists") for status in statuses)
-        receiving = any(status.startswith(("Pulling", "Waiting", "Downloading", "Retrying")) for status in statuses)
-        received, total = (sum(column) / 1e6 for column in zip((0, 0), *self.sizes.values()))
-        unpacking = "" if receiving or done == len(statuses) else ", unpacking"
-        return f"{done} of {len(statuses)} layers done, {received:.1f} of {total:.1f} MB received{unpacking}"
+        layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
+        return ", ".join([*layers, f"{sum(list(self._received.values())) / 1e6:.1f} MB received"])
 
 
 class PullImage(_DockerTask, prefect_docker.PullImage):
@@ -235,88 +258,49 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         stream_logs: bool = False,
     ) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
-        image, self._login_fault = f"{repository}:{tag}" if tag else repository, ""
+        image, started = f"{repository}:{tag}" if tag else repository, time.monotonic()
         client = connect(docker_server_url, self.logger)
-        try:
-            options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
-            self._log_pull(image, self._events(client, options), stream_logs)
-        except _ERRORS as error:
-            self._raise(image, error, docker_server_url)
+        self.logger.info(f"Pulling {image}")
+        options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
+        pull = _Pull(client, options, self.logger.debug if stream_logs else lambda _: None)
+        pull.start()
+        while not pull.done.wait(PROGRESS_SECONDS):
+            silence, progress = time.monotonic() - pull.heard, f"Pulling {image}: {pull}"
+            if silence >= PROGRESS_SECONDS:
+                progress += f"; nothing came for {silence:.0f} s"
+            if silence >= PULL_SILENCE_SECONDS:
+                raise signals.FAIL(f"{progress}: the registry or the daemon hangs")
+            self.logger.info(progress)
+        if pull.error:
+            raise self._signal(image, pull.error, error_message(pull.error, docker_server_url), pull.login_fault)
+        if pull.login_fault:
+            self.logger.warning(f"Pulling {image}: {pull.login_fault}")
+        self.logger.info(f"{pull.outcome or image} ({time.monotonic() - started:.1f} s)")
         return image
 
-    def _raise(self, image: str, error: Exception, docker_server_url: str) -> None:
-        message = error_message(error, docker_server_url)
-        words = re.sub(_NAMES, " ", message[-2000:])
-        message = f"Pulling {image}: {abbreviated(message, 500)}"
-        transient, attempt = re.search(_TRANSIENT, words), prefect.context.get("task_run_count", 1)
-        if denied := not transient and re.search(_DENIED, words):
+    def _signal(self, image: str, error: Exception, words: str, login_fault: str) -> signals.PrefectStateSignal:
+        """RETRY after a transient error, FAIL after a permanent one or the last retry."""
+        message, words = f"Pulling {image}: {abbreviated(words, 500)}", re.sub(_NAMES, " ", words[-2000:])
+        transient, denied = re.search(_TRANSIENT, words), re.search(_DENIED, words)
+        if denied and not transient:
             remedy = "for a private image: `docker login`, or the Secret docker-sidecar on Kubernetes"
-            message += f" ({self._login_fault or remedy})"
+            message += f" ({login_fault or remedy})"
         refused = error.is_client_error() if isinstance(error, APIError) else not _unreachable(error)
-        permanent = refused or denied or re.search(_PERMANENT, words)
-        if (permanent and not transient) or attempt > len(PULL_RETRY_SECONDS):
-            raise signals.FAIL(message) from None
+        permanent = not transient and (refused or denied or re.search(_PERMANENT, words))
+        attempt = prefect.context.get("task_run_count", 1)
+        if permanent or attempt > len(PULL_RETRY_SECONDS):
+            return signals.FAIL(message)
         pause = PULL_RETRY_SECONDS[attempt - 1]
         message += f"; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s"
-        raise signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause)) from None
-
-    def _pull(self, client: docker.APIClient, options: dict[str, Any]) -> Any:
-        """Pull with the login that Docker's configuration names, or without one if its credential helper fails."""
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
-                return client.pull(stream=True, decode=True, **options)
-        except Exception as error:
-            if isinstance(error, (APIError, OSError)) or "auth_config" in options:
-                raise
-            self._login_fault = f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}"
-            self.logger.warning(f"Pulling {options['repository']}: {self._login_fault}")
-            return client.pull(stream=True, decode=True, auth_config={}, **options)
-
-    def _events(self, client: docker.APIClient, options: dict[str, Any]) -> Iterator[Any]:
-        """Docker's events, and None for each PROGRESS_SECONDS without one."""
-        events: queue.Queue[Any] = queue.Queue()
-
-        def read() -> None:
-            try:
-                for event in self._pull(client, options):
-                    events.put(event)
-                events.put(StopIteration())
-            except Exception as error:
-                events.put(error)
-
-        threading.Thread(target=read, daemon=True).start()
-        while True:
-            event = None
-            with suppress(queue.Empty):
-                event = events.get(timeout=PROGRESS_SECONDS)
-            if isinstance(event, StopIteration):
-                return
-            if isinstance(event, Exception):
-                raise event
-            yield event
-
-    def _log_pull(self, image: str, events: Iterator[Any], stream_logs: bool) -> None:
-        progress, started = _Progress(), time.monotonic()
-        heard = reported = started
-        self.logger.info(f"Pulling {image}")
-        for event in events:
-            status, now = progress.add(event), time.monotonic()
-            heard = heard if event is None else now
-            silence = f"; nothing came for {now - heard:.0f} s" if event is None else ""
-            if status and stream_logs:
-                self.logger.debug(status)
-            if now - heard >= PULL_SILENCE_SECONDS:
-                raise signals.FAIL(f"Pulling {image}: {progress}{silence}: the registry or the daemon hangs")
-            if silence or now - reported >= PROGRESS_SECONDS:
-                reported = now
-                self.logger.info(f"Pulling {image}: {progress}{silence}")
-        layers = f"{progress}, " if progress.layers else ""
-        self.logger.info(f"{progress.outcome or image} ({layers}{time.monotonic() - started:.1f} s)")
+        return signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause))
 
 
 class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
-    """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON."""
+    """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON.
+
+    Where Docker's default log driver is json-file, the container gets the driver local: json-file breaks a character
+    that it cuts, at every 16 KiB of a line. A ``log_config`` in ``host_config`` is used as it is.
+    """
 
     @_run("Creating the container", "image_name")
     def run(
@@ -337,6 +321,9 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         labels = extra.pop("labels", None) or {}
         labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
         values: Any = environment_strings(environment) if isinstance(environment, dict) else environment
+        with suppress(*_ERRORS, LookupError):  # of an engine that does not say
+            if client.info()["LoggingDriver"] == "json-file":
+                host_config = {"log_config": {"type": "local"}, **(host_config or {})}
         self.logger.debug(f"Creating a container from image {image_name}")
         container = client.create_container(
             image=image_name,
@@ -365,52 +352,54 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
         self.logger.debug(f"Started container {container_id}")
 
 
-class _Stop(BaseException):
-    """A reason to stop a container, in words that follow "was stopped"."""
-
-
 class _Watch:
     """A running container: one thread waits for its exit, another one reads its output."""
 
     def __init__(self, client: docker.APIClient, container_id: str, tty: bool, options: dict[str, Any]) -> None:
-        self.result: Any = None
-        self._exited, self._read, self._batch = threading.Event(), threading.Event(), Batch()
+        self.result: Any = None  # of the wait: Docker's answer, or an error
+        self._batch, self._bar = Batch(), ProgressBar(client, container_id)
+        self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
+        self._heard = time.monotonic()  # when the last output came, or the exit
 
         def wait() -> None:
             try:
                 self.result = client.wait(container=container_id, **options)
             except Exception as error:
                 self.result = error
+            self._heard = time.monotonic()
             self._exited.set()
 
         def read() -> None:
             try:
                 for stream, data in follow(client, container_id, tty, self._exited):
+                    self._heard = time.monotonic()
                     self._batch.add(stream, data)
             except Exception as error:
                 self._batch.add(SYSTEM, error_message(error, client.base_url).encode() + b"\n")
-            self._read.set()
+            self._exited.wait()
+            self._over.set()
 
         for target in (wait, read):
             threading.Thread(target=target, daemon=True).start()
 
-    def log(self, logger: Any, name: str, seconds: float | None) -> bool:
+    def log(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
-        started, idle = time.monotonic(), 0.0
-        for look in itertools.count(1):
-            (self._exited if self._read.is_set() else self._read).wait(FLUSH_SECONDS)
-            exited = self._exited.is_set()
-            if hanging := exited and idle >= OUTPUT_GRACE_SECONDS and not self._read.is_set():
+        deadline, looks = time.monotonic() + seconds, 0
+        while True:
+            looks += 1
+            over, exited = self._over.wait(FLUSH_SECONDS), self._exited.is_set()
+            silence = time.monotonic() - self._heard
+            if exited and not over and silence > OUTPUT_GRACE_SECONDS:
                 self._batch.add(SYSTEM, b"Docker did not end the stream after the exit")
-            over = hanging or (exited and self._read.is_set())
-            texts = self._batch.take(last=over, progress=look % 3 == 0)
+                over = True
+            texts = self._batch.take(last=over)
+            if looks % 3 == 0:
+                texts += self._bar.changes(not exited and silence > 3 * FLUSH_SECONDS)
             for stream, text in texts:
                 text = f"{name}: output could not be read: {text}" if stream == SYSTEM else text
                 (logger.info if stream == STDOUT else logger.warning)(text)
-            if over or (seconds is not None and not exited and time.monotonic() - started > seconds):
-                break
-            idle = idle + FLUSH_SECONDS if exited and not texts else 0
-        return over
+            if over or (not exited and time.monotonic() > deadline):
+                return over
 
 
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
@@ -442,8 +431,8 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             name += f" (image {config['Image']})"
             watch = _Watch(client, container_id, config["Tty"], extra_docker_kwargs or {})
             with self._stopped_if_interrupted(client, container_id, name, watch):
-                if not watch.log(self.logger, name, time_limit):
-                    raise _Stop(f"at its time limit of {time_limit:g} s")
+                if not watch.log(self.logger, name, math.inf if time_limit is None else time_limit):
+                    raise failure(f"{name} was stopped at its time limit of {time_limit:g} s")
             if isinstance(watch.result, Exception):
                 raise watch.result
             result = dict(watch.result)
@@ -451,12 +440,12 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
                 state = client.inspect_container(container_id)["State"]
         except NotFound as error:
             result = self._result_of_removed(client, container_id, error)
+        except _ERRORS as error:
+            raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
         code, reason = result.get("StatusCode"), result.get("Error")
         if raise_on_exit_code and (reason or code):
             memory = ", killed because it exceeded its memory limit (OOMKilled)" if state.get("OOMKilled") else ""
-            raise signals.FAIL(
-                abbreviated(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}", 500)
-            )
+            raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
         self.logger.info(f"{name} exited with code {code}")
         return result
 
@@ -474,19 +463,17 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     ) -> Iterator[None]:
         def terminate(*_: Any) -> None:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
-            raise _Stop("because the flow's process got SIGTERM")
+            raise failure(f"{name} was stopped because the flow's process got SIGTERM")
 
         in_main_thread = threading.current_thread() is threading.main_thread()
         previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
             with suppress(*_ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
             watch.log(self.logger, name, OUTPUT_GRACE_SECONDS)
-            if isinstance(error, _Stop):
-                raise signals.FAIL(f"{name} was stopped {error}") from None
             raise
         finally:
             if in_main_thread:
@@ -508,8 +495,7 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
         self.logger.debug(f"Gathering logs from container {container_id}")
-        pieces: deque[bytes] = deque()
-        size = 0
+        pieces, size = deque[bytes](), 0
         try:
             client = connect(docker_server_url)
             tty = client.inspect_container(container_id)["Config"]["Tty"] is True
@@ -523,7 +509,8 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
                     size -= len(pieces.popleft())
         except _ERRORS as error:
             if _unreachable(error) or (isinstance(error, APIError) and error.status_code in (404, 409)):
-                raise signals.SKIP(f"No logs: {abbreviated(error_message(error, docker_server_url), 500)}") from None
+                message = abbreviated(error_message(error, docker_server_url), 500)
+                raise signals.SKIP(f"No logs: {message}") from None
             raise
         self.logger.debug(f"Gathered logs from container {container_id}")
         text = b"".join(pieces)

@@ -152,7 +152,7 @@ def main(what: str) -> None:
                 sys.exit(options is None and not node_of(client))
             if options != []:
                 images.build(client, images.NODE)
-                engine.provide(client, engine.REGISTRY_IMAGE, *IMAGES)
+                engine.provide(client, *IMAGES, engine.REGISTRY_IMAGE)
             say("all images are there: `make cluster-up`, `make test`")
 
 

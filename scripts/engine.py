@@ -22,7 +22,7 @@ from docker.context import ContextAPI
 from docker.errors import DockerException, ImageNotFound, NotFound
 
 from flows.settings import PROJECT, load_job_template
-from flows.tasks import _bypass_proxy as bypass_proxy
+from flows.tasks import bypass_proxy
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
 HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log
@@ -209,7 +209,7 @@ def provide(client: docker.DockerClient, *names: str) -> None:
 
 def registry(client: docker.DockerClient, *names: str) -> None:
     """Have a registry at localhost:5001, which also serves images under the names that they have on Docker Hub."""
-    provide(client, REGISTRY_IMAGE, *names)
+    provide(client, *names, REGISTRY_IMAGE)  # in this order: the first may build a newer registry
     try:
         client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
     except NotFound:

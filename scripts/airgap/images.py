@@ -26,7 +26,7 @@ BASE = "docker-sidecar-airgap-base:bookworm"
 OLD_DAEMON = "docker:stable-dind"  # the published recipe's
 LABEL = "docker-sidecar-airgap.inputs"  # a hash of what an image was made from
 CA_FOLDER = Path("/usr/local/share/ca-certificates")
-GO_MISSING = 3  # exit status of programs.sh
+NOT_THERE = 3  # exit status of programs.sh
 
 
 KUBERNETES = re.findall(r"k8s.io/kubernetes (v\S+)", (HERE / "kubernetes" / "go.mod").read_text())[0]
@@ -43,13 +43,10 @@ CONTROL_PLANE_PROGRAMS = (
 )
 
 
-def programs(module: str, optional: bool = False) -> Path | None:
-    """The folder with a module's programs, which are built if they are not there.
-
-    With ``optional`` it is None if there is no Go to build them with. Otherwise that is a SetupError.
-    """
-    done = subprocess.run([HERE / "programs.sh", module], stdout=subprocess.PIPE, text=True)
-    if optional and done.returncode == GO_MISSING:
+def programs(module: str, *options: str, optional: bool = False) -> Path | None:
+    """The folder with a module's programs, built by programs.sh. With ``optional`` it is None if that cannot be."""
+    done = subprocess.run([HERE / "programs.sh", module, *options], stdout=subprocess.PIPE, text=True)
+    if optional and done.returncode == NOT_THERE:
         return None
     if done.returncode != 0:
         raise SetupError(f"the programs of scripts/airgap/{module} cannot be built, see above")
@@ -77,7 +74,7 @@ def build(client: docker.DockerClient, name: str) -> None:
             files |= {f"bin/{program}": folder / program for program in (*ENGINE_PROGRAMS, "dockerd", "docker-proxy")}
         _build(client, [name], "dind.Dockerfile", files)
     elif name == REGISTRY_IMAGE:
-        folder = programs("docker", optional=True)
+        folder = programs("docker", "--if-built", optional=True)  # `make run` need not wait for it
         _build(client, [name], "registry.Dockerfile", {"bin/registry": folder / "registry"} if folder else {})
     elif name == NODE:
         kubernetes, engine, policy = (Path(f"{programs(it)}") for it in ("kubernetes", "docker", "network-policy"))

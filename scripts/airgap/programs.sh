@@ -5,6 +5,8 @@
 #   scripts/airgap/programs.sh kubernetes        # 8 minutes
 #   scripts/airgap/programs.sh network-policy    # 2 minutes
 #
+# Exit status 3: there is no Go to build them with; or with --if-built, they are not there.
+#
 # The versions are in MODULE/go.mod. To update one: cd MODULE && go get -tool PATH@VERSION && go mod tidy
 set -euo pipefail
 
@@ -20,6 +22,7 @@ if [ -d "$out" ]; then
     echo "$out"
     exit
 fi
+[ "${2-}" != --if-built ] || exit 3
 PATH=$PATH:/usr/local/go/bin
 version=$(go env GOVERSION 2>/dev/null || true)
 if [ "$(printf '%s\n' go1.26 "${version:-go0}" | sort -V | head -n 1)" != go1.26 ]; then

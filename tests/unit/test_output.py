@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 import tracemalloc
 
 import pytest
 
-from flows.output import HEAD_BYTES, HEAD_LINES, LINE_BYTES, TAIL_BYTES, TAIL_LINES, Batch, frames
-
-
-def frame(stream: int, data: bytes) -> bytes:
-    return struct.pack(">BxxxL", stream, len(data)) + data
-
+from flows.output import HEAD, LINE_COST, LINE_LENGTH, TAIL, Batch, frames
+from tests.support.fake_docker import frame
 
 STREAM = frame(1, b"out\n") + frame(2, b"") + frame(2, b"err\n") + frame(1, b"\0\1") + frame(0, b"x") + frame(2, b"")
 PARTS = [(1, b"out\n"), (2, b""), (2, b"err\n"), (1, b"\0\1"), (1, b"x"), (2, b"")]
@@ -85,20 +80,14 @@ def test_a_line_is_taken_once_and_when_it_is_whole() -> None:
     assert batch.take(last=True) == []
 
 
-@pytest.mark.parametrize("end", [b"\n", b""])
-def test_a_long_line_is_broken_and_loses_nothing(end: bytes) -> None:
-    data = bytes(range(ord("a"), ord("z"))) * (3 * LINE_BYTES // 25)
-    ((_, text),) = take((OUT, data + end))
-    assert max(len(line) for line in text.split("\n")) == LINE_BYTES
-    assert text.replace("\n", "") == data.decode()
-
-
 @pytest.mark.parametrize("more", [0, 1, 100_000])
 def test_the_middle_is_dropped_and_counted(more: int) -> None:
-    lines = [f"line {number}" for number in range(HEAD_LINES + TAIL_LINES + more)]
+    size = LINE_COST + len("line 123456")
+    first, last = -(-HEAD // size), TAIL // size
+    lines = [f"line {number:06}" for number in range(first + last + more)]
     ((_, text),) = take((OUT, "\n".join(lines).encode()))
     note = [f"[{more:,} lines dropped here: too many for the run's logs]"] if more else []
-    assert text.split("\n") == lines[:HEAD_LINES] + note + lines[-TAIL_LINES:]
+    assert text.split("\n") == lines[:first] + note + lines[-last:]
 
 
 def test_the_next_batch_is_whole_again() -> None:
@@ -109,9 +98,9 @@ def test_the_next_batch_is_whole_again() -> None:
     assert batch.take() == [(OUT, "a\nb")]
 
 
-@pytest.mark.parametrize("length", [0, 10, 1000, LINE_BYTES, 2 * TAIL_BYTES])
+@pytest.mark.parametrize("length", [0, 1000, LINE_LENGTH, 2 * TAIL])
 def test_however_much_comes_memory_and_text_are_bounded(length: int) -> None:
-    bound = HEAD_BYTES + TAIL_BYTES + 2 * LINE_BYTES
+    bound = HEAD + TAIL + 2 * LINE_LENGTH
     batch = Batch()
     batch.add(OUT, b"first\n")
     line = b"x" * length + b"\n"
@@ -123,31 +112,15 @@ def test_however_much_comes_memory_and_text_are_bounded(length: int) -> None:
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert used < bound + (HEAD_LINES + TAIL_LINES) * 200  # of Python's own for each line
+    assert used < 2 * bound
     texts = batch.take(last=True)
-    assert sum(len(text) for _, text in texts) < bound + HEAD_LINES + TAIL_LINES
+    assert sum(len(text) for _, text in texts) < bound
     assert texts[0] == (OUT, "first")
     assert texts[-1][0] == OUT
     assert texts[-1][1].endswith("last")
 
 
-def test_row_04_the_newest_state_of_a_progress_bar() -> None:
-    batch = Batch()
-    batch.add(ERR, b"\r0%\r1%\r2")
-    batch.add(ERR, b"%\r")
-    assert batch.take() == []
-    assert batch.take(progress=True) == [(ERR, "2%")]
-    assert batch.take(progress=True) == [], "the same state again"
-    batch.add(ERR, b"3%\r4%\n")
-    assert batch.take() == [(ERR, "4%")], "a whole line"
-    batch.add(ERR, b"\r5%")
-    assert batch.take(progress=True) == [(ERR, "5%")]
-    batch.add(ERR, b"\nend")
-    assert batch.take(progress=True) == [], "a state that was shown, and a line without an end that is no progress bar"
-    assert batch.take(last=True) == [(ERR, "end")]
-
-
-def test_row_04_a_progress_bar_takes_no_memory() -> None:
+def test_row_04_old_states_of_a_progress_bar_take_no_memory() -> None:
     batch = Batch()
     tracemalloc.start()
     try:
@@ -157,14 +130,14 @@ def test_row_04_a_progress_bar_takes_no_memory() -> None:
     finally:
         tracemalloc.stop()
     assert used < 10_000
+    assert batch.take() == []
     assert batch.take(last=True) == [(ERR, "00004999")]
 
 
-@pytest.mark.parametrize("text", ["日本語" * 6000, "é" * 100_001, "a" + "€" * 50_000, "a" + "\U0001f40b" * 40_000])
-@pytest.mark.parametrize("step", [1 << 14, 1 << 20])
+@pytest.mark.parametrize("text", ["日本語" * 6000, "é" * 100_001, "a" + "\U0001f40b" * 40_000, "abc" * LINE_LENGTH])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_row_13_no_character_is_cut(text: str, step: int, end: bytes) -> None:
-    data = text.encode() + end
+def test_row_13_a_long_line_loses_nothing(text: str, end: bytes) -> None:
+    data, step = text.encode() + end, 1 << 14
     ((_, taken),) = take(*((OUT, data[start : start + step]) for start in range(0, len(data), step)))
     assert taken.replace("\n", "") == text
-    assert max(len(line.encode()) for line in taken.split("\n")) <= LINE_BYTES
+    assert max(len(line) for line in taken.split("\n")) <= LINE_LENGTH
