@@ -112,7 +112,7 @@ def test_configuration_and_private_image(
     readme("kubectl create configmap", instead)
     command = "cat /sys/class/net/eth0/mtu"
     record = submit(template, image=private_image, command=command).reaches("Failed", "Success")
-    assert "a Secret docker-sidecar" in record.message
+    assert "Secret docker-sidecar" in record.message
 
     readme("kubectl create secret", instead)
     run = submit(template, image=private_image, command=command)
