@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/kubernetes/" in item.nodeid:
             item.add_marker("kubernetes")
-            item.add_marker(pytest.mark.timeout(400))
+            if not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(400))
 
 
 @dataclass
