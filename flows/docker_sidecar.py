@@ -15,15 +15,8 @@ from prefect.triggers import always_run
 
 from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
-from flows.tasks import (
-    CreateContainer,
-    GetContainerLogs,
-    PullImage,
-    StartContainer,
-    WaitOnContainer,
-    fail_with_cause,
-    start_over_after_restart,
-)
+from flows.states import fail_with_cause, start_over_after_restart
+from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
 docker_server_url = os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"

@@ -17,6 +17,10 @@ import docker
 import requests
 from docker.errors import APIError
 
+from flows.daemon import error_message
+
+FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
+OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 HEAD, TAIL = 1 << 18, 1 << 17  # what a batch keeps from its beginning and from its end: characters
 LINE_COST = 128  # a line counts as so many characters more, so that short lines are bounded too
 LINE_LENGTH = 1 << 16  # a longer line is broken
@@ -172,3 +176,53 @@ class Batch:
         groups = itertools.groupby([*lines, *tail], key=lambda line: line[0])
         # PostgreSQL, where Prefect keeps the logs, refuses an upload with NUL in it.
         return [(stream, "\n".join(line for _, line in group).replace("\0", "\ufffd")) for stream, group in groups]
+
+
+class Watch:
+    """A running container: one thread waits for its exit, another one reads its output."""
+
+    def __init__(self, client: docker.APIClient, container_id: str, tty: bool, options: dict[str, Any]) -> None:
+        self.result: Any = None  # of the wait: Docker's answer, or an error
+        self._batch, self._bar = Batch(), ProgressBar(client, container_id)
+        self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
+        self._heard = time.monotonic()  # when the last output came, or the exit
+
+        def wait() -> None:
+            try:
+                self.result = client.wait(container=container_id, **options)
+            except Exception as error:
+                self.result = error
+            self._heard = time.monotonic()
+            self._exited.set()
+
+        def read() -> None:
+            try:
+                for stream, data in follow(client, container_id, tty, self._exited):
+                    self._heard = time.monotonic()
+                    self._batch.add(stream, data)
+            except Exception as error:
+                self._batch.add(SYSTEM, error_message(error, client.base_url).encode() + b"\n")
+            self._exited.wait()
+            self._over.set()
+
+        for target in (wait, read):
+            threading.Thread(target=target, daemon=True).start()
+
+    def log(self, logger: Any, name: str, seconds: float) -> bool:
+        """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
+        deadline, looks = time.monotonic() + seconds, 0
+        while True:
+            looks += 1
+            over, exited = self._over.wait(FLUSH_SECONDS), self._exited.is_set()
+            silence = time.monotonic() - self._heard
+            if exited and not over and silence > OUTPUT_GRACE_SECONDS:
+                self._batch.add(SYSTEM, b"Docker did not end the stream after the exit")
+                over = True
+            texts = self._batch.take(last=over)
+            if looks % 3 == 0:
+                texts += self._bar.changes(not exited and silence > 3 * FLUSH_SECONDS)
+            for stream, text in texts:
+                text = f"{name}: output could not be read: {text}" if stream == SYSTEM else text
+                (logger.info if stream == STDOUT else logger.warning)(text)
+            if over or (not exited and time.monotonic() > deadline):
+                return over

@@ -21,8 +21,8 @@ import requests
 from docker.context import ContextAPI
 from docker.errors import DockerException, ImageNotFound, NotFound
 
+from flows.daemon import bypass_proxy
 from flows.settings import PROJECT, load_job_template
-from flows.tasks import bypass_proxy
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
 HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log

@@ -16,7 +16,7 @@ from docker.models.containers import Container
 from docker.models.networks import Network
 from prefect.engine.state import State
 
-from flows import docker_sidecar, tasks
+from flows import docker_sidecar
 from scripts import run
 from scripts.engine import DAEMON, REGISTRY_IMAGE, connect, registry_address
 from tests.conftest import LABELS, PREFECT, busybox, container, have
@@ -192,7 +192,7 @@ def flow_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Callable[..., Outcome]]:
     """Run the flow; afterwards there is nothing on the daemon but images and what was there before."""
-    monkeypatch.setattr(tasks, "PULL_RETRY_SECONDS", (1, 1, 1))
+    monkeypatch.setattr("flows.pull.PULL_RETRY_SECONDS", (1, 1, 1))
     on(sidecar.url)
     before = {container.id for container in daemon.containers.list(all=True)}
     yield lambda **parameters: Outcome(run.run(daemon, **parameters), logs)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from docker.models.containers import Container
 
-from flows import docker_sidecar, tasks
+from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES
 from tests.conftest import LABELS, PREFECT, busybox, login, private_registry
 from tests.docker.conftest import STORE, Outcome, Registry
@@ -156,8 +156,8 @@ def test_row_11_registry_overloaded(
 def test_row_06_registry_that_does_not_answer(
     flow_run: FlowRun, odd_registry: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.5)
-    monkeypatch.setattr(tasks, "PULL_SILENCE_SECONDS", 3)
+    monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.5)
+    monkeypatch.setattr("flows.tasks.PULL_SILENCE_SECONDS", 3)
     odd_registry(200, seconds=300)
     run = flow_run(image="localhost:5057/busybox:1", command="true", time_limit=1)
     assert run.state.is_failed()
@@ -277,7 +277,7 @@ def test_log_driver_that_cannot_be_read(flow_run: FlowRun, image: str) -> None:
 def test_time_limit_of_a_container_whose_output_cannot_be_read(
     flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "STOP_GRACE_SECONDS", 1)
+    monkeypatch.setattr("flows.tasks.STOP_GRACE_SECONDS", 1)
     run = flow_run(image=image, command="sleep 300", time_limit=1, host_config=UNREADABLE)
     assert "was stopped at its time limit of 1 s" in run.tasks["WaitOnContainer"].message
 
@@ -323,7 +323,7 @@ def test_terminated(
     logs: list[tuple[str, str, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tasks, "STOP_GRACE_SECONDS", 1)
+    monkeypatch.setattr("flows.tasks.STOP_GRACE_SECONDS", 1)
     sender = send_when_running(signal.SIGTERM, daemon, logs)
     run = flow_run(image=image, command=["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
     sender.join()
@@ -333,7 +333,7 @@ def test_terminated(
 
 
 def test_time_limit(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "STOP_GRACE_SECONDS", 1)
+    monkeypatch.setattr("flows.tasks.STOP_GRACE_SECONDS", 1)
     run = flow_run(image=image, command="sleep 300", time_limit=1)
     assert run.state.is_failed()
     assert "was stopped at its time limit of 1 s" in run.state.message
@@ -384,7 +384,7 @@ def test_row_04_the_newest_state_of_a_progress_bar(
 def test_row_04_a_line_beside_a_progress_bar_comes_once(
     flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tasks, "FLUSH_SECONDS", 0.2)
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.2)
     script = "printf '\\r1%%' >&2; sleep 2; echo one; sleep 1; printf 'no bar'; sleep 2; echo; printf '\\r2%%\\n' >&2"
     run = flow_run(image=image, command=["sh", "-c", script])
     assert run.output("INFO") == "one\nno bar"

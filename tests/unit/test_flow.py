@@ -20,7 +20,7 @@ from prefect.tasks import docker as prefect_docker
 from prefect.triggers import always_run
 from prefect.utilities.storage import extract_flow_from_file
 
-from flows import tasks
+from flows import states, tasks
 from flows.parameters import validate_parameters
 from flows.settings import JOB_TEMPLATES, PROJECT
 
@@ -37,7 +37,7 @@ def test_tasks_and_parameters(flow: Flow) -> None:
         assert type(task) is getattr(tasks, name)
         assert isinstance(task, getattr(prefect_docker, name))
         assert task.docker_server_url == os.environ["DOCKER_HOST"]
-        assert task.trigger is (always_run if name == "GetContainerLogs" else tasks.all_successful_or_first_failure)
+        assert task.trigger is (always_run if name == "GetContainerLogs" else states.all_successful_or_first_failure)
     assert {task.name for task in flow.reference_tasks()} == {"WaitOnContainer", "GetContainerLogs"}
     assert {parameter.name: (parameter.default, parameter.required) for parameter in flow.parameters()} == {
         "image": ("prefecthq/prefect:1.4.1", False),
@@ -239,7 +239,7 @@ def test_row_16_the_message_says_how_to_write_a_command(command: Any) -> None:
 def test_without_a_daemon_the_run_fails_with_that_cause(
     flow: Flow, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tasks, "DAEMON_SECONDS", 0.2)
+    monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 0.2)
     state = flow.run()
     states = {task.name: result for task, result in state.result.items()}
     cause = states["PullImage"].message

@@ -26,7 +26,8 @@ from prefect.tasks import docker as prefect_docker
 from prefect.utilities.configuration import set_temporary_config
 
 from flows import tasks
-from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer, connect
+from flows.daemon import connect
+from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
@@ -37,7 +38,7 @@ NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setattr(tasks, "FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
     for name in ("no_proxy", "NO_PROXY"):  # set first, so that monkeypatch restores what connect() sets
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
@@ -138,7 +139,7 @@ def test_a_daemon_that_is_starting_is_waited_for(caplog: pytest.LogCaptureFixtur
 def test_a_daemon_that_does_not_come_up_is_one_error(
     monkeypatch: pytest.MonkeyPatch, nowhere: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tasks, "DAEMON_SECONDS", 0.5)
+    monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 0.5)
     url = f"tcp://127.0.0.1:{nowhere}"
     started = time.monotonic()
     with pytest.raises(signals.FAIL) as failure:
@@ -205,7 +206,7 @@ def test_row_02_a_run_that_is_retrying_goes_on(
     flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A retry, also in a new pod, is no restart: nothing is reset."""
-    monkeypatch.setattr(tasks, "PULL_RETRY_SECONDS", (0.1,))
+    monkeypatch.setattr("flows.pull.PULL_RETRY_SECONDS", (0.1,))
     run = api.flow_runs[registered(flow, api)]
     fake.pull = iter([{"error": "received unexpected HTTP status: 503 Service Unavailable"}])
     execute(flow, run.id, fake)
@@ -282,8 +283,8 @@ def test_row_03_a_configuration_that_docker_cannot_read_is_one_error(
 def test_row_06_a_pull_that_stands_still(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.1)
-    monkeypatch.setattr(tasks, "PULL_SILENCE_SECONDS", 0.35)
+    monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr("flows.tasks.PULL_SILENCE_SECONDS", 0.35)
     fake.pull = [{"status": "Pulling fs layer", "id": "1"}, fake.closing.wait]
     with pytest.raises(signals.FAIL, match="nothing came for 0 s"):
         PullImage(docker_server_url=fake.url).run(repository="app:1")
@@ -291,7 +292,7 @@ def test_row_06_a_pull_that_stands_still(
 
 
 def test_progress(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.05)
+    monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.05)
     fake.pull = [
         {"status": "Pulling fs layer", "id": "1"},
         {"status": "Downloading", "id": "2", "progressDetail": {"current": 1_000_000, "total": 2_000_000}},
@@ -319,7 +320,7 @@ def test_progress(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pyt
 def test_row_07_no_event_ends_a_pull_that_goes_on(
     fake: FakeDocker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, event: Any
 ) -> None:
-    monkeypatch.setattr(tasks, "PROGRESS_SECONDS", 0.01)
+    monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.01)
     fake.pull = [event, event, {"status": "Pull complete", "id": "1"}, {"status": "Status: Downloaded app:1"}]
     assert PullImage(docker_server_url=fake.url).run(repository="app:1", stream_logs=True) == "app:1"
     assert "Downloaded app:1" in caplog.text
@@ -431,7 +432,7 @@ def test_row_08_a_stream_that_ends_while_the_container_runs_is_opened_again(
 def test_row_08_the_run_ends_when_the_container_has(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tasks, "OUTPUT_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("flows.output.OUTPUT_GRACE_SECONDS", 0.2)
     fake.streams = [[frame(1, b"one\n"), fake.closing.wait]]
     started = time.monotonic()
     assert wait(fake)["StatusCode"] == 0
