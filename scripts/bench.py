@@ -127,7 +127,8 @@ def outputs(engine: docker.DockerClient) -> None:
         targets.append((f"{size} MiB of output, {OURS} over {ONCE}", 1.3, ratio, "times"))
         targets.append((f"{size} MiB of output, growth of memory", 64, median(grown[OURS]), "MiB"))
     library, ours = map(list, zip(*growth))
-    text = "To wait on the container and to get its logs: time, and growth of the process's memory. Three rounds."
+    text = """To wait on the container and to get its logs: time, and growth of the process's memory. Three rounds.
+Up to 10 MiB, `GetContainerLogs` reads most of the output a second time."""
     head = ["MiB of output", *(f"{name}, {unit}" for name in READERS for unit in ("s", "MiB"))]
     chart = ["```mermaid", "xychart-beta", f'    title "Growth of memory: {LIBRARY} (bars), {OURS} (line)"']
     chart += [f'    x-axis "MiB of output" [{", ".join(row[0] for row in rows)}]', '    y-axis "MiB"']

@@ -8,7 +8,6 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -176,7 +175,6 @@ After the daemon has ended, kubelet and the Job controller now take: {", ".join(
 
 def test_many_runs_at_once(submit: Callable[..., Run], namespace: Namespace) -> None:
     rows: list[list[str]] = []
-    pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
     for name in LIMITS:
         for count in (1, 5, 10, 20):
             started = time.monotonic()
@@ -184,7 +182,4 @@ def test_many_runs_at_once(submit: Callable[..., Run], namespace: Namespace) -> 
                 run.reaches("Success", timeout=600)
                 run.job_ends(600)
             rows.append([name, str(count), f"{time.monotonic() - started:.1f}"])
-    with suppress(AssertionError):
-        wait_for(lambda: not pods().items, "the Agent deletes the pods", timeout=150)
-    targets = [("pods left 150 s after 72 runs", 0, len(pods().items), "pods")]
-    publish("Many runs at once, on one node", targets, *table(["", "runs", "until all Jobs are complete, s"], *rows))
+    publish("Many runs at once, on one node", [], *table(["", "runs", "until all Jobs are complete, s"], *rows))

@@ -69,20 +69,15 @@ def test_image_that_does_not_exist(submit: Submit, template: Template, small_ima
     assert len([log for log in record.logs if "not found" in str(log.message)]) == 1, "one error"
 
 
-def test_flow_process_killed(submit: Submit, template: Template, namespace: Namespace) -> None:
-    run = submit(template, command=FOREVER)
-    pod = run.container_writes("up")
-    namespace.execute(pod, "flow-container", "python", "-c", KILL_THE_FLOW)
-    assert run.job_ends()[0] == "Failed"
-    record = run.reaches("Failed", timeout=2 * HEARTBEAT)
-    assert "Kubernetes Error" in record.message
-
-
-def test_flow_out_of_memory(submit: Submit, template: Template) -> None:
-    run = submit(template, memory="48Mi", command="true")
-    assert run.job_ends(180)[0] == "Failed"
-    run.reaches("Failed", timeout=2 * HEARTBEAT)
-    run.logged("Reason: OOMKilled")
+def test_flow_that_dies(submit: Submit, template: Template, namespace: Namespace) -> None:
+    """By SIGKILL, and out of memory; the Agent finds both at its next look."""
+    starved, killed = submit(template, memory="48Mi", command="true"), submit(template, command=FOREVER)
+    namespace.execute(killed.container_writes("up"), "flow-container", "python", "-c", KILL_THE_FLOW)
+    for run in (starved, killed):
+        assert run.job_ends(180)[0] == "Failed"
+        run.reaches("Failed", timeout=2 * HEARTBEAT)
+    assert "Kubernetes Error" in killed.record.message
+    starved.logged("Reason: OOMKilled")
 
 
 def test_daemon_that_cannot_start(submit: Submit, template: Template, template_name: str) -> None:
