@@ -150,7 +150,7 @@ def main(what: str) -> None:
             options = node_options(client)
             if what == "possible":
                 sys.exit(options is None and not node_of(client))
-            if options != []:
+            if options is None or f"--image={images.NODE}" in options:
                 images.build(client, images.NODE)
                 engine.provide(client, *IMAGES, engine.REGISTRY_IMAGE)
             say("all images are there: `make cluster-up`, `make test`")

@@ -57,6 +57,7 @@ def test_row_29_a_dockerd_that_cannot_start_leaves_what_is_there(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(setup, "HOME", tmp_path / "home")
     monkeypatch.setattr(setup, "SOCKET", f"unix://{tmp_path}/none.sock")
+    monkeypatch.setattr(setup, "_started", [])  # the tests' own engine may be in it
     monkeypatch.setattr(setup.os, "geteuid", lambda: 0)
     monkeypatch.setattr(setup.sys, "platform", "linux")
     with pytest.raises(setup.SetupError, match="no such luck"):
