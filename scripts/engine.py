@@ -19,7 +19,7 @@ import docker.utils
 import psutil
 import requests
 from docker.context import ContextAPI
-from docker.errors import DockerException, ImageNotFound, NotFound
+from docker.errors import APIError, DockerException, ImageNotFound, NotFound
 
 from flows.daemon import bypass_proxy
 from flows.settings import PROJECT, load_job_template
@@ -211,16 +211,19 @@ def registry(client: docker.DockerClient, *names: str) -> None:
     """Have a registry at localhost:5001, which also serves images under the names that they have on Docker Hub."""
     provide(client, *names, REGISTRY_IMAGE)  # in this order: the first may build a newer registry
     try:
-        client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
-    except NotFound:
-        client.containers.run(
-            REGISTRY_IMAGE,
-            name=f"{NAME}-registry",
-            detach=True,
-            labels=LABELS,
-            ports={"5000/tcp": ("127.0.0.1", int(REGISTRY.partition(":")[2]))},
-            volumes={f"{NAME}-registry": {"bind": "/var/lib/registry"}},
-        )
+        try:
+            client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
+        except NotFound:
+            client.containers.run(
+                REGISTRY_IMAGE,
+                name=f"{NAME}-registry",
+                detach=True,
+                labels=LABELS,
+                ports={"5000/tcp": ("127.0.0.1", int(REGISTRY.partition(":")[2]))},
+                volumes={f"{NAME}-registry": {"bind": "/var/lib/registry"}},
+            )
+    except APIError as error:
+        raise SetupError(f"the local registry cannot start at {REGISTRY}: {error.explanation}") from None
 
     def answers() -> bool:
         with suppress(requests.RequestException), requests.Session() as session:

@@ -9,7 +9,7 @@ if [ $# -eq 0 ] || [ "${1#-}" != "$1" ]; then
     set -- dockerd --host=unix:///var/run/docker.sock --host=tcp://0.0.0.0:2375 "$@"
 fi
 if [ "$1" = dockerd ]; then
-    find /run /var/run -iname 'docker*.pid' -exec rm -f {} + # of a daemon that was killed; this busybox has no -delete
+    find /run /var/run -iname 'docker*.pid' -exec rm -f {} + || true # of a daemon that was killed
     if ! iptables -nL >/dev/null 2>&1; then # the kernel has no nftables
         mkdir -p /usr/local/sbin/.iptables-legacy
         for tool in iptables iptables-save iptables-restore ip6tables ip6tables-save ip6tables-restore; do

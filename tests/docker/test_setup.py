@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,15 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
         assert requests.get("http://localhost:5058/v2/", timeout=setup.ANSWER_SECONDS).ok
     finally:
         slow.remove(force=True, v=True)
+
+
+def test_a_port_that_another_program_has(engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(setup, "NAME", "docker-sidecar-taken")
+        monkeypatch.setattr(setup, "REGISTRY", f"localhost:{taken.getsockname()[1]}")
+        try:
+            with pytest.raises(setup.SetupError, match=f"{setup.REGISTRY}.* in use"):
+                setup.registry(engine)
+        finally:
+            engine.containers.get("docker-sidecar-taken-registry").remove(force=True)
+            engine.volumes.get("docker-sidecar-taken-registry").remove()
