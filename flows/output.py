@@ -17,7 +17,7 @@ import docker
 import requests
 from docker.errors import APIError
 
-from flows.daemon import error_message
+from flows.daemon import ERRORS, error_message
 
 FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
@@ -57,24 +57,34 @@ def follow(
 ) -> Iterator[tuple[int, bytes]]:
     """Read a container's output until ``exited`` is set, as ``frames`` gives it.
 
-    A stream that ends while the container runs is opened again. Raises an APIError if there is no output to read, as
-    with the log driver "none".
+    A stream that ends early is opened again. Raises an APIError if there is no output to read, as with the log driver
+    "none".
     """
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
     params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": 1}
-    last = time.time()
+    last, heard = b"", time.time()
     for attempt in itertools.count(1):
+        after_exit = exited.is_set()
         response = client.get(url, params=params, stream=True)
         if not response.ok:
             raise APIError(response.reason, response, response.json().get("message"))
         with suppress(requests.RequestException):  # a connection that breaks is another way for the stream to end
-            for frame in frames(response.iter_content(chunk_size=None), tty):
-                last = time.time()
-                yield frame
-        if exited.wait(attempt):  # Docker reports the exit a little after the end of the stream
+            for stream, last in frames(response.iter_content(chunk_size=None), tty):
+                heard = time.time()
+                yield stream, last
+        # Docker reports the exit a little after the end of the stream
+        if exited.wait(attempt) and (after_exit or is_end(client, container_id, last)):
             return
-        yield SYSTEM, b"Docker ended the stream while the container runs; lines may be missing or come twice\n"
-        params["since"] = f"{last:.9f}"
+        yield SYSTEM, b"Docker ended the stream too early; lines may be missing or come twice\n"
+        params["since"] = f"{heard:.9f}"
+
+
+def is_end(client: docker.APIClient, container_id: str, piece: bytes) -> bool:
+    """Whether a container's output ends with a piece of it, as far as Docker can still say."""
+    with suppress(*ERRORS):
+        line = client.logs(container_id, tail=1)
+        return line.endswith(piece) if piece and len(piece) < len(line) else piece.endswith(line)
+    return True
 
 
 def newest_state(line: str) -> str:

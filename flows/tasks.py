@@ -133,7 +133,9 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         values: Any = environment_strings(environment) if isinstance(environment, dict) else environment
         with suppress(*ERRORS, LookupError):  # of an engine that does not say
             if client.info()["LoggingDriver"] == "json-file":
-                host_config = {"log_config": {"type": "local"}, **(host_config or {})}
+                # Docker 20.10 stops in the middle of the output when the driver starts a new file
+                limits = {"max-size": "1t"} if docker.utils.version_lt(client.api_version, "1.42") else {}
+                host_config = {"log_config": {"type": "local", "config": limits}, **(host_config or {})}
         self.logger.debug(f"Creating a container from image {image_name}")
         container = client.create_container(
             image=image_name,

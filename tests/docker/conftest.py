@@ -133,6 +133,13 @@ def daemon(sidecar: Daemon) -> docker.DockerClient:
     return sidecar.client
 
 
+@pytest.fixture
+def current_docker(daemon: docker.DockerClient) -> None:
+    """For tests of what Docker 20.10 cannot do: its stand-in where there is neither Docker Hub nor Go."""
+    if docker.utils.version_lt(daemon.version()["ApiVersion"], "1.44"):
+        pytest.skip("needs the Docker that the templates name; its stand-in, for lack of Go, is Docker 20.10")
+
+
 @pytest.fixture(scope="session")
 def registry(daemon: docker.DockerClient) -> Registry:
     return Registry(daemon, 5055)

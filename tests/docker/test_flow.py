@@ -236,7 +236,9 @@ def test_the_end_of_the_output(flow_run: FlowRun, image: str, command: str, kept
     run = flow_run(image=image, command=["sh", "-c", command])
     lines = run.tasks["GetContainerLogs"].result.splitlines()
     assert lines[0].startswith("[cut: ") == cut
-    assert (len(lines) - cut, lines[-1]) == (kept, command.split()[-1])
+    # Docker 20.10 joins a line that it breaks and the next one
+    assert len(lines) - cut in ((kept, kept - 1) if "x" in command else (kept,))
+    assert lines[-1] == command.split()[-1]
 
 
 @pytest.mark.parametrize(

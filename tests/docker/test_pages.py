@@ -84,6 +84,7 @@ def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
         engine.images.remove(image.id, force=True)
 
 
+@pytest.mark.usefixtures("current_docker")
 def test_a_proxy_that_is_really_used(
     flow_run: FlowRun, engine: docker.DockerClient, on: Callable[[str], None], tmp_path: Path
 ) -> None:

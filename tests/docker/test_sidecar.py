@@ -305,6 +305,7 @@ def test_daemon_dies_during_the_wait(
     assert run.tasks["GetContainerLogs"].is_skipped()
 
 
+@pytest.mark.usefixtures("current_docker")
 def test_no_disk_space_for_the_image(
     flow_run: Callable[..., Outcome], engine: docker.DockerClient, on: Callable[[str], None]
 ) -> None:

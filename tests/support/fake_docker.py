@@ -36,6 +36,7 @@ class FakeDocker(ThreadingHTTPServer):
             {"status": "Status: Image is up to date for app:1"}
         ]
         self.streams: list[list[Item]] = [[]]  # of output: the first request gets the first one, and so on
+        self.last_line = b""  # of the output, when it is asked for without "follow"
         self.exited = threading.Event()
         self.exited.set()
         self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
@@ -90,7 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/containers/logs" and query["follow"] == "1":
             self.stream(fake.streams.pop(0) if fake.streams else [])
         elif path == "/containers/logs":
-            self.stream([])
+            self.stream([fake.last_line])
         elif path == "/containers/stop":
             fake.exited.set()
             self.json(None, 204)
