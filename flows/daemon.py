@@ -27,7 +27,8 @@ ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 def unreachable(error: BaseException) -> bool:
     """Whether the daemon did not answer, in contrast to an answer that is an error."""
     cause = error.__cause__ or error
-    return not isinstance(error, APIError) and isinstance(cause, (OSError, urllib3.exceptions.HTTPError))
+    answered = isinstance(error, APIError) or (isinstance(cause, APIError) and cause.is_client_error())
+    return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError))
 
 
 def error_message(error: Exception, docker_server_url: str) -> str:

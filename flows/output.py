@@ -15,15 +15,16 @@ from urllib.parse import quote
 
 import docker
 import requests
-from docker.errors import APIError
+from docker.errors import create_api_error_from_http_exception
 
-from flows.daemon import ERRORS, error_message
+from flows.daemon import ERRORS, error_message, unreachable
 
 FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 HEAD, TAIL = 1 << 18, 1 << 17  # what a batch keeps from its beginning and from its end: characters
 LINE_COST = 128  # a line counts as so many characters more, so that short lines are bounded too
 LINE_LENGTH = 1 << 16  # a longer line is broken
+END = 1 << 12  # how much of the end of the output is compared with what Docker has, to know that nothing is missing
 # Docker's numbers of the streams. SYSTEM carries Docker's own errors while it reads the output.
 STDOUT, STDERR, SYSTEM = 1, 2, 3
 
@@ -52,39 +53,47 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
         buffer = buffer[start:]
 
 
+def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Iterator[tuple[int, bytes]]:
+    """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
+    url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
+    response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True)
+    try:
+        response.raise_for_status()
+    except requests.HTTPError as error:
+        create_api_error_from_http_exception(error)
+    return frames(response.iter_content(chunk_size=None), tty)
+
+
 def follow(
     client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event
 ) -> Iterator[tuple[int, bytes]]:
-    """Read a container's output until ``exited`` is set, as ``frames`` gives it.
+    """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
 
-    A stream that ends early is opened again. Raises an APIError if there is no output to read, as with the log driver
-    "none".
+    A stream that ends earlier is opened again.
     """
-    url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
-    params: dict[str, Any] = {"stdout": 1, "stderr": 1, "follow": 1}
-    last, heard = b"", time.time()
+    params: dict[str, Any] = {"follow": 1}
+    end, heard = b"", 0.0
     for attempt in itertools.count(1):
-        after_exit = exited.is_set()
-        response = client.get(url, params=params, stream=True)
-        if not response.ok:
-            raise APIError(response.reason, response, response.json().get("message"))
+        last_time = attempt > 1 and exited.is_set()
+        output = read(client, container_id, tty, **params)
         with suppress(requests.RequestException):  # a connection that breaks is another way for the stream to end
-            for stream, last in frames(response.iter_content(chunk_size=None), tty):
-                heard = time.time()
-                yield stream, last
+            for stream, data in output:
+                end, heard = (end + data)[-END:], time.time()
+                yield stream, b"output could not be read: " + data if stream == SYSTEM else data
         # Docker reports the exit a little after the end of the stream
-        if exited.wait(attempt) and (after_exit or is_end(client, container_id, last)):
+        if exited.wait(min(attempt, 10)) and (last_time or is_end(client, container_id, tty, end)):
             return
-        yield SYSTEM, b"Docker ended the stream too early; lines may be missing or come twice\n"
-        params["since"] = f"{heard:.9f}"
+        yield SYSTEM, b"Docker ended the output too early; lines may be missing or come twice\n"
+        params = {"follow": 1, **({"tail": 1000} if exited.is_set() else {"since": f"{heard:.9f}"})}
 
 
-def is_end(client: docker.APIClient, container_id: str, piece: bytes) -> bool:
-    """Whether a container's output ends with a piece of it, as far as Docker can still say."""
+def is_end(client: docker.APIClient, container_id: str, tty: bool, end: bytes) -> bool:
+    """Whether a container's output ends with ``end``, the last END bytes. True if Docker cannot say."""
+    last = b""
     with suppress(*ERRORS):
-        line = client.logs(container_id, tail=1)
-        return line.endswith(piece) if piece and len(piece) < len(line) else piece.endswith(line)
-    return True
+        for _, data in read(client, container_id, tty, tail=100):
+            last = (last + data)[-END:]
+    return end.endswith(last)
 
 
 def newest_state(line: str) -> str:
@@ -95,7 +104,7 @@ def newest_state(line: str) -> str:
 class ProgressBar:
     """The newest state of a line that a container rewrites by carriage returns.
 
-    Docker's logs hold a line back until it ends. Its "attach" does not, but it only has the output from now on.
+    Docker's logs have a line only when it has ended. Docker's "attach" has it at once, but only from the call on.
     """
 
     def __init__(self, client: docker.APIClient, container_id: str) -> None:
@@ -105,7 +114,10 @@ class ProgressBar:
         self._shown: list[tuple[int, str]] = []
 
     def changes(self, wanted: bool) -> list[tuple[int, str]]:
-        """The states that are new since the last call, with the number of the stream. Only if ``wanted``, read on."""
+        """Return the states that are new since the last call, with the number of the stream.
+
+        A thread reads the output while ``wanted`` is true.
+        """
         self._wanted = wanted
         if wanted and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, daemon=True)
@@ -127,7 +139,7 @@ class ProgressBar:
 
 
 class Batch:
-    """Lines of output between two looks, with a limit on how many there can be.
+    """Lines of output between two flushes, with a limit on how many there can be.
 
     If a container writes faster than Prefect's API can read, lines are dropped from the middle of a batch, and the
     batch says how many. One thread adds, another one takes.
@@ -170,7 +182,7 @@ class Batch:
                 self._dropped += 1
 
     def take(self, last: bool = False) -> list[tuple[int, str]]:
-        """Take the lines that have ended since the last look; at the ``last`` look, the unfinished ones too.
+        """Take the lines that have ended since the last flush; at the ``last`` one, the unfinished ones too.
 
         Returns texts of one or more lines, in order, each with the number of its stream.
         """
@@ -191,7 +203,9 @@ class Batch:
 class Watch:
     """A running container: one thread waits for its exit, another one reads its output."""
 
-    def __init__(self, client: docker.APIClient, container_id: str, tty: bool, options: dict[str, Any]) -> None:
+    def __init__(
+        self, client: docker.APIClient, docker_server_url: str, container_id: str, tty: bool, options: dict[str, Any]
+    ) -> None:
         self.result: Any = None  # of the wait: Docker's answer, or an error
         self._batch, self._bar = Batch(), ProgressBar(client, container_id)
         self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
@@ -202,6 +216,8 @@ class Watch:
                 self.result = client.wait(container=container_id, **options)
             except Exception as error:
                 self.result = error
+                if unreachable(error):  # whether the container runs is not known, so nothing is waited for
+                    self._over.set()
             self._heard = time.monotonic()
             self._exited.set()
 
@@ -211,7 +227,8 @@ class Watch:
                     self._heard = time.monotonic()
                     self._batch.add(stream, data)
             except Exception as error:
-                self._batch.add(SYSTEM, error_message(error, client.base_url).encode() + b"\n")
+                words = error_message(error, docker_server_url)
+                self._batch.add(SYSTEM, f"output could not be read: {words}\n".encode())
             self._exited.wait()
             self._over.set()
 
@@ -220,19 +237,18 @@ class Watch:
 
     def log(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
-        deadline, looks = time.monotonic() + seconds, 0
+        deadline, flushes = time.monotonic() + seconds, 0
         while True:
-            looks += 1
+            flushes += 1
             over, exited = self._over.wait(FLUSH_SECONDS), self._exited.is_set()
-            silence = time.monotonic() - self._heard
-            if exited and not over and silence > OUTPUT_GRACE_SECONDS:
-                self._batch.add(SYSTEM, b"Docker did not end the stream after the exit")
+            if exited and not over and time.monotonic() - self._heard > OUTPUT_GRACE_SECONDS:
+                self._batch.add(SYSTEM, b"Docker did not end the output after the exit; lines may be missing")
                 over = True
             texts = self._batch.take(last=over)
-            if looks % 3 == 0:
-                texts += self._bar.changes(not exited and silence > 3 * FLUSH_SECONDS)
+            if flushes % 3 == 0:
+                texts += self._bar.changes(not exited and sum(len(text) for _, text in texts) < LINE_LENGTH)
             for stream, text in texts:
-                text = f"{name}: output could not be read: {text}" if stream == SYSTEM else text
+                text = f"{name}: {text}" if stream == SYSTEM else text
                 (logger.info if stream == STDOUT else logger.warning)(text)
             if over or (not exited and time.monotonic() > deadline):
                 return over

@@ -39,7 +39,6 @@ class Pull(threading.Thread):
         self.outcome = self.login_fault = ""
         self.error: Exception | None = None
         self.heard = time.monotonic()  # when the last event came
-        self.done = threading.Event()
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
         self._layers: dict[str, str] = {}  # id: status
         self._received: dict[str, float] = {}  # id: bytes
@@ -52,7 +51,6 @@ class Pull(threading.Thread):
                     self._add(event if isinstance(event, dict) else {})
         except Exception as error:
             self.error = error
-        self.done.set()
 
     def _events(self) -> Any:
         """Pull with the login that Docker's configuration names, or without one if its credential helper fails."""

@@ -11,7 +11,7 @@ from prefect.engine.state import Failed, Pending, Queued, State
 
 
 def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> bool:
-    """Trigger: run if all upstream tasks succeeded. Otherwise fail with the message of the first one that did not."""
+    """Trigger: run if all upstream tasks succeeded. Otherwise fail with the first failure's message."""
     for state in upstream_states.values():
         if not state.is_successful():
             raise signals.TRIGGERFAIL(state.message)
@@ -20,7 +20,7 @@ def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> boo
 
 def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
     """Terminal state handler: a failed run's message is its cause, not "some reference tasks failed"."""
-    causes = sorted({str(task.message) for task in reference_states if task.is_failed()})
+    causes = sorted({str(reference.message) for reference in reference_states if reference.is_failed()})
     return Failed("; ".join(causes), result=state.result) if state.is_failed() else None
 
 

@@ -83,19 +83,22 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         stream_logs: bool = False,
     ) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
-        image, started = f"{repository}:{tag}" if tag else repository, time.monotonic()
+        separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
+        image = f"{repository}{separator}{tag}" if tag else repository
         client = connect(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
         options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
         pull = Pull(client, options, self.logger.debug if stream_logs else lambda _: None)
         pull.start()
-        while not pull.done.wait(PROGRESS_SECONDS):
+        pull.join(PROGRESS_SECONDS)
+        while pull.is_alive():
             silence, progress = time.monotonic() - pull.heard, f"Pulling {image}: {pull}"
             if silence >= PROGRESS_SECONDS:
                 progress += f"; nothing came for {silence:.0f} s"
             if silence >= PULL_SILENCE_SECONDS:
                 raise signals.FAIL(f"{progress}: the registry or the daemon hangs")
             self.logger.info(progress)
+            pull.join(PROGRESS_SECONDS)
         if pull.error:
             words = error_message(pull.error, docker_server_url)
             raise pull.failure(f"Pulling {image}: {abbreviated(words, 500)}", pull.error, words)
@@ -130,7 +133,11 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
         labels = extra.pop("labels", None) or {}
         labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
-        values: Any = environment_strings(environment) if isinstance(environment, dict) else environment
+        values: Any = environment
+        if isinstance(environment, dict):
+            values = environment_strings(environment)
+        elif isinstance(environment, list):
+            environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
         with suppress(*ERRORS, LookupError):  # of an engine that does not say
             if client.info()["LoggingDriver"] == "json-file":
                 # Docker 20.10 stops in the middle of the output when the driver starts a new file
@@ -167,9 +174,9 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     """Wait on a container, and write its output to the run's logs while it runs.
 
-    Prefect's task logs the output only after a failure, all at once and from memory. It leaves the container running
-    when it is interrupted; this task stops it, also if the process gets SIGTERM, or at ``time_limit``: the seconds
-    that the container may run, from the start of the task.
+    Prefect's task logs the output only after a failure, all at once and from memory, and leaves the container running
+    when it is interrupted. This task stops the container: on an interruption, on SIGTERM, and at ``time_limit``, the
+    seconds that the container may run from the start of the task.
     """
 
     def __init__(self, *args: Any, time_limit: float | None = None, **kwargs: Any) -> None:
@@ -191,10 +198,12 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         try:
             config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
-            watch = Watch(client, container_id, config["Tty"], extra_docker_kwargs or {})
+            watch = Watch(client, docker_server_url, container_id, config["Tty"], extra_docker_kwargs or {})
             with self._stopped_if_interrupted(client, container_id, name, watch):
                 if not watch.log(self.logger, name, math.inf if time_limit is None else time_limit):
-                    raise failure(f"{name} was stopped at its time limit of {time_limit:g} s")
+                    raise failure(f"{name} was stopped at its time limit of {time_limit} s")
+                if isinstance(watch.result, Exception) and unreachable(watch.result):
+                    raise watch.result
             if isinstance(watch.result, Exception):
                 raise watch.result
             result = dict(watch.result)
@@ -205,6 +214,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         except ERRORS as error:
             raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
         code, reason = result.get("StatusCode"), result.get("Error")
+        reason = reason.get("Message") if isinstance(reason, dict) else reason
         if raise_on_exit_code and (reason or code):
             memory = ", killed because it exceeded its memory limit (OOMKilled)" if state.get("OOMKilled") else ""
             raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
@@ -212,7 +222,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         return result
 
     def _result_of_removed(self, client: docker.APIClient, container_id: str, error: NotFound) -> dict[str, Any]:
-        """The exit code of a container that is gone, as with auto_remove. The daemon remembers its last events."""
+        """The exit code of a container that was removed, as with auto_remove, from the daemon's recent events."""
         filters = {"container": container_id, "event": "die"}
         for event in client.events(since=1, until=int(time.time()) + 1, filters=filters, decode=True):
             self.logger.warning(f"Container {container_id[:12]} was removed when it exited; output may be missing")
@@ -279,4 +289,4 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         if len(pieces) <= lines and size <= LOG_BYTES:
             return text.decode(errors="replace")
         text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
-        return f"[cut: what follows is the end, {len(text):,} bytes]\n{text.decode(errors='replace')}"
+        return f"[cut: the last {len(text):,} bytes follow]\n{text.decode(errors='replace')}"

@@ -105,6 +105,8 @@ def have(client: docker.DockerClient, *images: str) -> None:
 def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox") -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
     have(client, DAEMON)
-    output = client.containers.run(DAEMON, ["-c", BUSYBOX], entrypoint=["sh"], remove=True, labels=LABELS)
+    with container(client, DAEMON, ["-c", BUSYBOX], entrypoint=["sh"]) as found:
+        found.wait()
+        output = found.logs(stderr=False)
     client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin"])
     return name

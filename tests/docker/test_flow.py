@@ -363,8 +363,9 @@ def test_row_10_output_after_an_interruption(
     assert "saving" in [text for _, _, text in logs]
 
 
+@pytest.mark.parametrize("beside", ["", "echo $i;"], ids=["alone", "beside lines on stdout"])
 def test_row_04_the_newest_state_of_a_progress_bar(
-    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]
+    flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]], beside: str
 ) -> None:
     """The bar goes on until one of its states is in the logs."""
 
@@ -375,7 +376,8 @@ def test_row_04_the_newest_state_of_a_progress_bar(
 
     watcher = threading.Thread(target=go_on_when_seen)
     watcher.start()
-    bar = "i=0; until [ -e /seen ]; do printf '\\r%s%%' $i >&2; sleep 0.1; i=$((i+1)); done; printf '\\r100%%\\n' >&2"
+    step = f"{beside} printf '\\r%s%%' $i >&2; sleep 0.1; i=$((i+1))"
+    bar = f"i=0; until [ -e /seen ]; do {step}; done; printf '\\r100%%\\n' >&2"
     run = flow_run(image=image, command=["sh", "-c", bar], time_limit=60)
     watcher.join()
     shown = run.output("WARNING").split("\n")

@@ -12,7 +12,7 @@ from docker.models.containers import Container
 
 from flows.settings import load_job_template
 from scripts.engine import DAEMON, push
-from tests.conftest import LABELS, PREFECT, busybox, tar
+from tests.conftest import LABELS, PREFECT, busybox, container, tar
 from tests.docker.conftest import Outcome, daemon_with_mirror
 from tests.support.waiting import wait_for
 
@@ -35,8 +35,8 @@ class Pod:
         self.containers: list[Container] = []
 
     def remove(self) -> None:
-        for container in reversed(self.containers):
-            container.remove(force=True, v=True)
+        for found in reversed(self.containers):
+            found.remove(force=True, v=True)
         self.engine.volumes.get(self.alive).remove()
 
     def _start(
@@ -210,9 +210,9 @@ def test_the_port_is_closed_to_other_pods(pod: Pod) -> None:
     sidecar.reload()
     [network] = sidecar.attrs["NetworkSettings"]["Networks"].values()
     ask = ["docker", "--host", f"tcp://{network['IPAddress']}:2375", "version"]
-    with pytest.raises(docker.errors.ContainerError) as error:
-        pod.engine.containers.run(DAEMON, ask, entrypoint=[], remove=True, labels=LABELS)
-    assert b"Cannot connect to the Docker daemon" in error.value.stderr
+    with container(pod.engine, DAEMON, ask, entrypoint=[]) as other:
+        assert other.wait()["StatusCode"] == 1
+        assert b"Cannot connect to the Docker daemon" in other.logs()
 
 
 # Layers that stay on the node

@@ -36,7 +36,8 @@ class FakeDocker(ThreadingHTTPServer):
             {"status": "Status: Image is up to date for app:1"}
         ]
         self.streams: list[list[Item]] = [[]]  # of output: the first request gets the first one, and so on
-        self.last_line = b""  # of the output, when it is asked for without "follow"
+        self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
+        self.end = b""  # of the output, when it is asked for without "follow"
         self.exited = threading.Event()
         self.exited.set()
         self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
@@ -73,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fake.gone and path.startswith("/containers"):
             self.json({"message": f"No such container: {ID}"}, 404)
         elif path == "/version":
-            self.json({"ApiVersion": "1.44"})
+            self.json(*fake.version)
         elif path == "/info":
             self.json({"LoggingDriver": "json-file"})
         elif path == "/images/create":
@@ -88,10 +89,10 @@ class _Handler(BaseHTTPRequestHandler):
             if fake.result is None:
                 raise ConnectionResetError
             self.json(fake.result)
-        elif path == "/containers/logs" and query["follow"] == "1":
+        elif path == "/containers/logs" and query.get("follow") == "1":
             self.stream(fake.streams.pop(0) if fake.streams else [])
         elif path == "/containers/logs":
-            self.stream([fake.last_line])
+            self.stream([fake.end])
         elif path == "/containers/stop":
             fake.exited.set()
             self.json(None, 204)

@@ -151,6 +151,13 @@ def test_a_daemon_that_does_not_come_up_is_one_error(
     assert len(lines(caplog)) == 1
 
 
+def test_a_daemon_that_refuses_is_not_waited_for(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+    fake.version = {"message": "denied by a plugin"}, 403
+    with pytest.raises(signals.FAIL, match="denied by a plugin"):
+        PullImage().run(repository="app:1", docker_server_url=fake.url)
+    assert lines(caplog) == []
+
+
 # ---------------------------------------------------------------------------------------------- restart
 
 
@@ -423,20 +430,32 @@ def test_row_08_a_stream_that_ends_while_the_container_runs_is_opened_again(
     fake.streams = [[frame(1, b"one\n"), frame(1, b"tw"), end], [frame(1, b"o\n"), fake.exited.set]]
     assert wait(fake)["StatusCode"] == 0
     assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one", "two"]
-    assert len([line for line in lines(caplog, logging.WARNING) if "Docker ended the stream" in line]) == 1
+    assert len([line for line in lines(caplog, logging.WARNING) if "Docker ended the output" in line]) == 1
     first, second, _ = fake.asked("GET /containers/logs")
     assert "since" not in first
     assert time.time() - 5 < float(second["since"]) < time.time()
 
 
-def test_row_08_a_stream_that_ends_just_before_the_exit(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("first", "rest"), [(b"one\n", b"two\n"), (b"tick\n", b"tick\n"), (b"", b"one\n")])
+def test_row_08_a_stream_that_ends_just_before_the_exit(
+    fake: FakeDocker, caplog: pytest.LogCaptureFixture, first: bytes, rest: bytes
+) -> None:
     """As Docker 20.10 does when the driver `local` starts a new file."""
     fake.exited.clear()
-    fake.last_line = frame(1, b"two\n")
-    fake.streams = [[frame(1, b"one\n"), fake.exited.set], [frame(1, b"two\n")]]
+    fake.end = frame(1, first) + frame(1, rest)
+    fake.streams = [[frame(1, first), fake.exited.set], [frame(1, rest)]]
     assert wait(fake)["StatusCode"] == 0
-    assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one", "two"]
+    logged = [line for line in lines(caplog) if not line.startswith("Container")]
+    assert logged == (first + rest).decode().split()
     assert len([line for line in lines(caplog, logging.WARNING) if "lines may be missing" in line]) == 1
+
+
+def test_row_08_a_stream_that_ends_before_any_output(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+    fake.exited.clear()
+    fake.streams = [[], [frame(1, b"one\n"), fake.exited.set]]
+    wait(fake)
+    assert "one" in lines(caplog)
+    assert float(fake.asked("GET /containers/logs")[1]["since"]) == 0, "from the beginning"
 
 
 def test_row_08_the_run_ends_when_the_container_has(
@@ -448,7 +467,7 @@ def test_row_08_the_run_ends_when_the_container_has(
     assert wait(fake)["StatusCode"] == 0
     assert time.monotonic() - started < 3
     assert "one" in lines(caplog)
-    assert any("Docker did not end the stream" in line for line in lines(caplog, logging.WARNING))
+    assert any("Docker did not end the output" in line for line in lines(caplog, logging.WARNING))
 
 
 def test_row_09_docker_could_not_read_the_output(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
@@ -476,6 +495,16 @@ def test_a_daemon_that_dies_during_the_wait(fake: FakeDocker) -> None:
         signals.FAIL, match=r"^Container c0ffeec0ffee \(image app:1\): the Docker daemon at .* does not"
     ):
         wait(fake)
+
+
+def test_a_wait_that_fails_stops_the_container(fake: FakeDocker) -> None:
+    """Else the container would run on, whatever its time limit."""
+    fake.handle_error = lambda *_: None  # type: ignore[method-assign]
+    fake.exited.clear()
+    fake.streams = [[frame(1, b"up\n"), fake.closing.wait]]
+    with pytest.raises(signals.FAIL, match="timed out"):
+        wait(fake, extra_docker_kwargs={"timeout": 0.3}, time_limit=60)
+    assert fake.asked("POST /containers/stop")
 
 
 def test_a_daemon_that_is_gone(nowhere: int) -> None:
@@ -538,6 +567,13 @@ def test_row_15_dockers_errors_are_short(fake: FakeDocker) -> None:
     with pytest.raises(signals.FAIL) as failure:
         PullImage(docker_server_url=fake.url).run(repository="app:1")
     assert len(str(failure.value)) < 700
+
+
+def test_row_15_no_value_of_an_environment_in_a_message(fake: FakeDocker) -> None:
+    with pytest.raises(signals.FAIL) as failure:
+        CreateContainer(docker_server_url=fake.url).run(image_name="app:1", environment=["A=1", "=hunter2"])
+    assert "hunter2" not in str(failure.value)
+    assert not fake.asked("POST /containers/create")
 
 
 @pytest.mark.parametrize("given", [[], [None], [""]])
