@@ -121,7 +121,8 @@ def events(runs: dict[str, list[Row]]) -> list[str]:
 
 def timeline(runs: dict[str, list[Row]]) -> list[str]:
     """The medians as a Gantt chart, drawn by Mermaid."""
-    lines = ["```mermaid", "gantt", "    dateFormat x", "    axisFormat %s s", "    tickInterval 10second"]
+    lines = ["```mermaid", '%%{init: {"gantt": {"leftPadding": 230}}}%%', "gantt"]  # room for the names
+    lines += ["    dateFormat x", "    axisFormat %s s", "    tickInterval 10second"]
     for name, rows in runs.items():
         ends = [0, *(round(1000 * middle(rows, event)) for event in EVENTS if event in rows[0])]
         parts = [*zip(EVENTS, ends, ends[1:])]
