@@ -203,7 +203,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
                 if not watch.log(self.logger, name, math.inf if time_limit is None else time_limit):
                     raise failure(f"{name} was stopped at its time limit of {time_limit} s")
                 if isinstance(watch.result, Exception) and unreachable(watch.result):
-                    raise watch.result
+                    raise watch.result  # here, so that a container that may still run is stopped
             if isinstance(watch.result, Exception):
                 raise watch.result
             result = dict(watch.result)
