@@ -4,7 +4,7 @@
 
 BIN := .venv/bin
 
-# hand these on as they are written: make would take a $ in them for a variable of its own
+# pass these on unchanged: otherwise make expands $ in them
 define as_written
 ifdef $(1)
 override $(1) := $$(value $(1))
@@ -24,7 +24,8 @@ run: .venv/ready ## run the flow on your Docker engine; IMAGE=… COMMAND=… EN
 
 test: lint ## lint, and run all tests that this machine can run
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest; \
-	else echo 'The cluster tests are left out: `make airgap` enables them.'; $(BIN)/pytest tests/unit tests/docker; fi
+	else echo 'The cluster tests are left out. Install kind, or without Docker Hub run `make airgap`.'; \
+	$(BIN)/pytest tests/unit tests/docker; fi
 
 test-unit: .venv/ready ## run the tests that need no Docker engine
 	@$(BIN)/pytest tests/unit
@@ -44,7 +45,7 @@ lint: .venv/ready ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and 
 bench: .venv/ready ## measure what the sidecar costs, into docs/benchmarks.md (10 min; with a cluster, 45 more)
 	@$(BIN)/python -m scripts.bench
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest tests/kubernetes/bench_cluster.py; \
-	else echo 'The measurements on a cluster are left out: `make airgap` enables them.'; fi
+	else echo 'The cluster is left out. Install kind, or without Docker Hub run `make airgap`.'; fi
 
 cluster-up: .venv/ready ## start a kind cluster, with its own kubeconfig and a local registry (about a minute)
 	@$(BIN)/python -m scripts.cluster up

@@ -35,7 +35,20 @@ _JOB = {"metadata?": _METADATA, "spec": {"template": {"metadata?": _METADATA, "s
 _FLOW = {"name": "", "command?": [], "env?": [], "resources?": {"requests?": {}, "limits?": {}}}
 _TYPES = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean", type(None): "missing or empty"}
 # A shell with `-c`, after its path or a wrapper such as tini, and then its script; words are separated by "\0".
-_SHELL = re.compile(r"(?:^|[/\0])(?:ba|da|a)?sh(?:\0-[^\0]+|\0pipefail)*?\0-\w*c(?:\0(?P<script>[^\0]*)|$)")
+_SHELL = re.compile(
+    r"(?:^|[/\0])(?:ba|da|a|k|mk|z)?sh(?:\0[-+]\w*[oO]\0\w+|\0[-+][^\0]+)*?"
+    r"\0-\w*c\w*(?:\0--)?(?:\0(?P<script>[^\0]*)(?P<name>\0)?|$)"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as kubectl reads it: a date is a string."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 class SettingsError(ValueError):
@@ -86,10 +99,12 @@ def load_job_template(name: str) -> dict[str, Any]:
 
 def _job(text: str) -> dict[str, Any]:
     placeholders = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
-    try:  # as JSON, for the Prefect API stores no dates; of a StringIO, an error does not quote a line
-        documents = json.loads(json.dumps(list(filter(None, yaml.safe_load_all(io.StringIO(text)))), default=str))
+    try:  # as JSON, which is what the Prefect API stores; of a StringIO, an error does not quote a line
+        documents = list(filter(None, yaml.load_all(io.StringIO(text), _Loader)))
+        documents = json.loads(json.dumps(documents, allow_nan=False))
     except Exception as error:  # PyYAML and json raise errors of many types
-        raise ValueError(f"it is not YAML that Kubernetes takes ({error}){placeholders}") from None
+        reason = re.sub(r"'(?!<)[^']{2,}'", "…", str(error))  # a value may be a secret
+        raise ValueError(f"it is not YAML that Kubernetes takes ({reason}){placeholders}") from None
     if len(documents) > 1:
         raise ValueError(f"it has {len(documents)} documents, but must have one")
     job: dict[str, Any] = documents[0] if documents and isinstance(documents[0], dict) else {}
@@ -101,7 +116,9 @@ def _job(text: str) -> dict[str, Any]:
     for index, variable in enumerate(flow.get("env", [])):
         _check_fields(variable, {"name": ""}, f"{where}.env[{index}]")
     shell = _SHELL.search("\0".join(map(str, flow.get("command", []))))
-    if shell and not re.search(r"\$\{?[@*1]|flow-run", shell["script"] or ""):
+    script = (shell["script"] or "") if shell else ""
+    passed_on = r"|\$\{?[@*1]" if shell and (shell["name"] or "$0" in script) else ""  # without a name "prefect" is $0
+    if shell and not re.search("flow-run" + passed_on, script):
         fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
         raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
     return job

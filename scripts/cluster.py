@@ -61,31 +61,29 @@ def node_options(client: docker.DockerClient) -> list[str] | None:
 
 
 def up(client: docker.DockerClient) -> None:
-    """Have the cluster, with its registry. Raises SetupError if there can be none; then nothing of it is left."""
+    """Create the cluster and its registry, unless they run. Raises SetupError, and then leaves nothing of them."""
     if node := node_of(client):
-        if not KUBECONFIG.exists():
-            raise SetupError(
-                f"there is a kind cluster named {NAME!r} that was not made from this folder. "
-                f"If nobody needs it: kind delete cluster --name {NAME}"
-            )
+        refuse_foreign()
         if node.status == "running" and node.exec_run(["test", "-e", CONFIGURED])[0] == 0:
             say("is up")
             return
-        say("it was stopped with its engine, and addresses have changed since; making it anew")
+        say("the cluster was stopped with its engine; creating it again")
         kind("delete", "cluster", "--name", NAME)
     if (options := node_options(client)) is None:
         raise SetupError(
             "a cluster needs kind (https://kind.sigs.k8s.io) on PATH and its node image from Docker Hub, "
             "or without Docker Hub, as root on Debian, `make airgap`"
         )
-    if not client.networks.list(names=[NETWORK]):
-        client.networks.create(NETWORK, labels=LABELS)
-    engine.registry(client, *IMAGES)
-    for name in images.control_plane_images() if f"--image={images.NODE}" in options else ():
-        engine.push(client, name, name)
-    address = engine.registry_address(client, NETWORK)  # which the node already needs
-    say("creating a node (about a minute)")
     try:
+        if not client.networks.list(names=[NETWORK]):
+            client.networks.create(NETWORK, labels=LABELS)
+        engine.registry(client, *IMAGES)
+        for name in images.control_plane_images() if f"--image={images.NODE}" in options else ():
+            engine.push(client, name, name)
+        address = engine.registry_address(client, NETWORK)  # which the node already needs
+        say("creating a node (about a minute)")
+        KUBECONFIG.parent.mkdir(exist_ok=True)
+        KUBECONFIG.touch()  # a cluster that is being created is this folder's, too
         kind("create", "cluster", "--name", NAME, "--wait=300s", *options)
         for name in (REGISTRY, "docker.io"):  # point the node's containerd at the registry
             folder = f"/etc/containerd/certs.d/{name}"
@@ -93,7 +91,7 @@ def up(client: docker.DockerClient) -> None:
             client.containers.get(NODE).exec_run(["sh", "-c", script])
         create(daemon_config(client, "default"))
     except BaseException:
-        kind("delete", "cluster", "--name", NAME)
+        down(client)
         raise
     say(f"ready: KUBECONFIG={KUBECONFIG.relative_to(PROJECT)}")
 
@@ -123,9 +121,19 @@ def node_of(client: docker.DockerClient) -> Any:
     return None
 
 
+def refuse_foreign() -> None:
+    """Raise SetupError if the cluster that runs was not made from this folder."""
+    if not KUBECONFIG.exists():
+        raise SetupError(
+            f"there is a kind cluster named {NAME!r} that was not made from this folder. "
+            f"If nobody needs it: kind delete cluster --name {NAME}"
+        )
+
+
 def down(client: docker.DockerClient) -> None:
     """Delete the cluster, its registry and its network. Images stay, for the next time."""
     if node_of(client):
+        refuse_foreign()
         kind("delete", "cluster", "--name", NAME)
     KUBECONFIG.unlink(missing_ok=True)
     engine.remove_ours(client)
@@ -138,13 +146,16 @@ def main(what: str) -> None:
             up(client)
     elif what in ("down", "clean"):
         with engine.lock():
-            for client in filter(None, (engine.find(), engine.own())):
-                down(client)
-                for volume in client.volumes.list(filters={"name": f"{NAME}-"}) if what == "clean" else ():
-                    volume.remove()
+            for look in (engine.find, engine.own):
+                if found := look():
+                    down(found)
+                    volumes = found.volumes.list(filters={"name": f"^{NAME}-(registry$|tests-)"})
+                    for volume in volumes if what == "clean" else ():
+                        volume.remove()
             engine.stop()
-            if what == "clean":
-                shutil.rmtree(engine.CACHE)
+            for path in engine.CACHE.iterdir() if what == "clean" else ():
+                if path.is_dir():  # not the lock, for which another `make` may wait
+                    shutil.rmtree(path)
     else:
         with engine.running() as client:
             options = node_options(client)

@@ -37,11 +37,11 @@ DAEMON = str(load_job_template("native_sidecar")["spec"]["template"]["spec"]["in
 ANSWER_SECONDS, START_SECONDS, WORK_SECONDS = 5, 60, 600
 UNREACHABLE = (DockerException, requests.RequestException)
 
-_started: list[subprocess.Popen[bytes]] = []  # kept, for a Popen that is forgotten warns that its process goes on
+_started: list[subprocess.Popen[bytes]] = []  # Python warns when a Popen of a running process is collected
 
 
 class SetupError(RuntimeError):
-    """Something that is needed is not to be had. The message says why and what to do."""
+    """The setup failed. The message says why, and what to do."""
 
 
 def say(message: str) -> None:
@@ -60,13 +60,23 @@ def connect(base_url: str, **options: Any) -> docker.DockerClient:
 
 def find() -> docker.DockerClient | None:
     """The user's engine, as `docker` finds it: DOCKER_HOST, the current Docker context, the usual socket."""
-    set_already = os.environ.get("DOCKER_HOST")
-    options = docker.utils.kwargs_from_env() if set_already else ContextAPI.kwargs_from_context()
-    with suppress(*UNREACHABLE):
+    chosen = os.environ.get("DOCKER_HOST")
+    try:
+        options = docker.utils.kwargs_from_env() if chosen else ContextAPI.kwargs_from_context()
+        if "base_url" not in options:
+            raise LookupError("there is no such context")
         client = connect(**options)
-        os.environ["DOCKER_HOST"] = options["base_url"]  # for the flow, and for programs started from here
-        return client
-    return None
+    except UNREACHABLE as error:
+        if chosen and chosen != SOCKET:
+            raise SetupError(f"no Docker engine answers at DOCKER_HOST={chosen}: {error}") from None
+        return None
+    except Exception as error:  # the SDK raises errors of many types
+        raise SetupError(f"DOCKER_HOST, Docker's context or its config.json is wrong: {error}") from None
+    os.environ["DOCKER_HOST"] = options["base_url"]  # for the flow, and for programs started from here
+    if not chosen and (tls := options.get("tls")) and tls.cert:
+        verify = "1" if tls.verify else ""
+        os.environ.update(DOCKER_CERT_PATH=str(Path(tls.cert[0]).parent), DOCKER_TLS_VERIFY=verify)
+    return client
 
 
 def own() -> docker.DockerClient | None:
@@ -81,7 +91,7 @@ def own() -> docker.DockerClient | None:
 @contextmanager
 def running() -> Iterator[docker.DockerClient]:
     """An engine for as long as the block lasts: the user's, or one that ends with the block."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    _clean_up_on_signals()
     if client := find():
         yield client
         return
@@ -94,7 +104,7 @@ def running() -> Iterator[docker.DockerClient]:
 @contextmanager
 def kept() -> Iterator[docker.DockerClient]:
     """An engine that goes on after the block, unless the block fails and the engine was started for it."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    _clean_up_on_signals()
     try:
         yield find() or own() or start()
     except BaseException:
@@ -103,15 +113,21 @@ def kept() -> Iterator[docker.DockerClient]:
         raise
 
 
-def _interrupt(*_: object) -> None:
-    """Treat SIGTERM like Ctrl-C, so that cleanup runs. Ignore the second one that make sends."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise KeyboardInterrupt
+def _clean_up_on_signals() -> None:
+    """Treat SIGTERM, and a terminal that is closed, like Ctrl-C. Ignore the second SIGTERM that make sends."""
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
 
 
 @contextmanager
 def lock() -> Iterator[None]:
-    """Nobody else starts or stops what is shared while the block lasts."""
+    """Hold the lock of this project: one `make` at a time starts or stops engine and cluster."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "lock").open("w") as file:
         try:
@@ -163,10 +179,12 @@ def stop() -> None:
     with suppress(OSError, ValueError, psutil.Error):
         process = psutil.Process(int((HOME / "dockerd.pid").read_text()))
         if f"--pidfile={HOME}/dockerd.pid" in process.cmdline():
-            if client := own():
-                remove_ours(client)
+            with suppress(*UNREACHABLE):  # what cannot be removed ends with dockerd
+                if client := own():
+                    remove_ours(client)
             process.terminate()
-            psutil.wait_procs([process], timeout=START_SECONDS)
+            for hung in psutil.wait_procs([process], timeout=START_SECONDS)[1]:
+                hung.kill()
             say("dockerd has ended")
     while _started:
         _started.pop().wait()
@@ -258,7 +276,7 @@ def registry_address(client: docker.DockerClient, network: str) -> str:
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
-    """Wait for a condition. Raises SetupError if it does not come."""
+    """Wait for a condition. Raises SetupError after ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

@@ -32,11 +32,11 @@ RIGHTS = ("create jobs", "list jobs", "delete jobs", "list pods", "list events")
 
 
 class CheckFailed(Exception):
-    """What keeps the flow from running; with " → " and a remedy, if the remedy of the check does not fit."""
+    """What keeps the flow from running. It may end in " → REMEDY", which replaces the check's own remedy."""
 
 
 class Preflight:
-    """The checks: each returns what is fine or raises an exception, and may use what an earlier one has left."""
+    """The checks: each returns what is fine or raises an exception, and may use what an earlier check has set."""
 
     def __init__(self, namespace: str, account: str, project: str) -> None:
         self.namespace, self.project, here = namespace, project, f"--namespace {namespace}"
@@ -65,6 +65,8 @@ class Preflight:
             if error.status == 404 and not body:
                 return None
             seen = str(error.summary())  # type: ignore[no-untyped-call]
+            if error.status == 403 and (not body or path.endswith("accessreviews")):
+                raise PermissionError(seen) from None  # the user of the kubeconfig may not look
             remedy = self.label if "violates PodSecurity" in seen else "use another NAMESPACE, or have that allowed"
             raise CheckFailed(seen if error.status in (400, 422) else f"{seen} → {remedy}") from None
 
@@ -78,7 +80,9 @@ class Preflight:
         target.no_proxy = f"localhost,127.0.0.1,::1,{target.no_proxy or ''}"  # as kubectl does
         # no discoverer: it would write a file
         self.cluster = DynamicClient(client.ApiClient(target), discoverer=lambda *_: None)  # type: ignore[no-untyped-call]
-        return f"Kubernetes {self.ask('/version')['gitVersion']} at {target.host}"
+        if "gitVersion" not in (answer := self.ask("/version") or {}):
+            raise CheckFailed(f"{target.host} does not answer as Kubernetes does")
+        return f"Kubernetes {answer['gitVersion']} at {target.host}"
 
     def _namespace(self) -> str:
         if self.ask(f"/api/v1/{self.path}") is None:
@@ -96,8 +100,9 @@ class Preflight:
         dry_run = {"dryRun": "All", "fieldValidation": "Strict"}
         self.ask(f"/apis/batch/v1/{self.path}/jobs", job, **dry_run)
         # the pod, too: Pod Security, quotas and limits do not look at Jobs
-        job["spec"]["template"]["metadata"]["generateName"] = "preflight-"
-        self.ask(f"/api/v1/{self.path}/pods", job["spec"]["template"], **dry_run)
+        pod = job["spec"]["template"]
+        kept = {key: value for key, value in pod["metadata"].items() if key in ("labels", "annotations", "finalizers")}
+        self.ask(f"/api/v1/{self.path}/pods", {**pod, "metadata": {**kept, "generateName": "preflight-"}}, **dry_run)
         return f"{self.namespace!r} admits the Job and its pod (a dry run; neither was created)"
 
     def _rights(self) -> str:
@@ -107,8 +112,7 @@ class Preflight:
             verb, resource = right.split()
             what = {"verb": verb, "group": "batch" if resource == "jobs" else "", "resource": resource}
             spec = {"user": self.user, "groups": groups, "resourceAttributes": {"namespace": self.namespace, **what}}
-            body = {"metadata": {"namespace": self.namespace}, "spec": spec}
-            if not self.ask(reviews, body)["status"]["allowed"]:
+            if not self.ask(reviews, {"metadata": {"namespace": self.namespace}, "spec": spec})["status"]["allowed"]:
                 missing.append(right)
         if missing:
             raise CheckFailed(f"{self.user} may not {', '.join(missing)}")
@@ -151,9 +155,11 @@ def main() -> None:
     namespace, account = (os.environ.get(name) or "default" for name in ("NAMESPACE", "SERVICE_ACCOUNT"))
     outcomes: dict[str, str] = {}
     for name, check, needs, remedy in Preflight(namespace, account, os.environ.get("PROJECT", "")).checks:
-        blocked = " and the ".join(need for need in needs.split(", ") if outcomes.get(need, "fine") != "fine")
+        blocked = " and the ".join(need for need in needs.split(", ") if outcomes.get(need) in ("wrong", "not checked"))
         try:
             outcome, text = ("not checked", f"because of the {blocked}") if blocked else ("fine", check())
+        except PermissionError as error:
+            outcome, text = "forbidden", str(error)
         except Exception as error:  # whatever a template, a kubeconfig or an answer holds: a line, not a traceback
             root: BaseException = error  # without what HTTP libraries wrap around it
             while inner := root.__cause__ or (None if root.__suppress_context__ else root.__context__):

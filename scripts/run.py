@@ -14,6 +14,7 @@ from docker.errors import APIError
 from prefect.engine.state import State
 
 from flows.parameters import validate_parameters
+from flows.settings import Settings, SettingsError
 from flows.tasks import LABEL
 from scripts import engine
 
@@ -30,11 +31,12 @@ def parameters() -> dict[str, Any]:
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
-        if name in JSON or (name == "COMMAND" and value.startswith('["')):
+        if name in JSON or value.lstrip().startswith("["):
             try:
                 found[name.lower()] = json.loads(value)
             except ValueError as error:
-                sys.exit(f"run: {name} is not JSON: {error}")
+                if name in JSON:
+                    sys.exit(f"run: {name} is not JSON: {error}")
     if problem := validate_parameters(found):
         sys.exit(f"run: {problem}")
     return found
@@ -59,9 +61,10 @@ def main() -> None:
     """Run, show the logs, and exit with 0 if and only if the run succeeded."""
     given = parameters()
     try:
+        Settings.from_environ()
         with engine.running() as client:
             state = run(client, **given)
-    except engine.SetupError as error:
+    except (SettingsError, engine.SetupError) as error:
         sys.exit(f"run: {error}")
     except KeyboardInterrupt:
         sys.exit("run: interrupted; nothing was left running")

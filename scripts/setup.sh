@@ -15,6 +15,12 @@ if [ -z "$python" ]; then
   exit 1
 fi
 
+if command -v flock >/dev/null; then # another `make` may be at it
+  exec 9>.venv.lock
+  flock 9
+  if [ .venv/ready -nt requirements-dev.txt ] && [ .venv/ready -nt scripts/setup.sh ]; then exit; fi
+fi
+
 echo "setup: .venv with $("$python" --version) and the locked packages (about 10 s)"
 if ! "$python" -c 'import ensurepip' 2>/dev/null && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
   echo "setup: installing python3-venv with apt-get"

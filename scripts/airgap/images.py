@@ -44,7 +44,7 @@ CONTROL_PLANE_PROGRAMS = (
 
 
 def programs(module: str, *options: str, optional: bool = False) -> Path | None:
-    """The folder with a module's programs, built by programs.sh. With ``optional`` it is None if that cannot be."""
+    """The folder with a module's programs, built by programs.sh. With ``optional``, None if they cannot be built."""
     done = subprocess.run([HERE / "programs.sh", module, *options], stdout=subprocess.PIPE, text=True)
     if optional and done.returncode == NOT_THERE:
         return None
@@ -60,11 +60,12 @@ def control_plane_images() -> list[str]:
 
 
 def build(client: docker.DockerClient, name: str) -> None:
-    """Build the stand-in for an image, unless it is there already, made from what it would be made from now.
+    """Build the stand-in for an image, unless it exists and its inputs have not changed.
 
     Raises:
         SetupError: if there is no stand-in for it, or it cannot be built.
     """
+    _build_base(client)
     if name in PREFECT:
         _build(client, PREFECT, "prefect.Dockerfile", {"requirements.txt": PROJECT / "requirements.txt"})
     elif name in (DAEMON, OLD_DAEMON):
@@ -91,7 +92,6 @@ def build(client: docker.DockerClient, name: str) -> None:
 
 def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]) -> None:
     """Build one image from files, by the path that they have in the context, and give it these names."""
-    _build_base(client)
     files = {"Dockerfile": HERE / dockerfile, **files}
     inputs = _hash([inputs_of(client, BASE), *_contents(files)])
     source = next((name for name in names if inputs_of(client, name) == inputs), None)
@@ -142,12 +142,14 @@ def _build_base(client: docker.DockerClient) -> None:
             "Docker Hub is out of reach, and stand-ins for its images are built on Debian, as root. Run this there, "
             'or give your Docker engine a mirror ("registry-mirrors" in its daemon.json)'
         )
-    if shutil.which("mmdebstrap") is None:
-        subprocess.run([PROJECT / "scripts" / "apt-install.sh", "mmdebstrap"], check=True)
+    install = [f"{PROJECT}/scripts/apt-install.sh", "mmdebstrap"]
+    if shutil.which("mmdebstrap") is None and subprocess.run(install).returncode != 0:
+        raise SetupError("stand-ins for images need mmdebstrap, which cannot be installed")
     say(f"{BASE}: bootstrapping Debian (about 30 s)")
     with tempfile.TemporaryDirectory() as folder:
         tar = Path(folder, "base.tar")
-        subprocess.run([*bootstrap, "bookworm", str(tar)], check=True, stdout=sys.stderr)
+        if subprocess.run([*bootstrap, "bookworm", str(tar)], stdout=sys.stderr).returncode != 0:
+            raise SetupError("Debian cannot be bootstrapped for the stand-ins of images, see above")
         repository, tag = BASE.split(":")
         client.api.import_image_from_file(str(tar), repository, tag, changes=[f"LABEL {LABEL}={inputs}"])
     client.images.get(BASE)  # a failed import is reported in the body of a 200, so look

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
 from flows.settings import PROJECT
-from scripts import engine
+from scripts import cluster, engine
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +32,7 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("IMAGE", "no image", "run: image is 'no image'"),
         ("COMMAND", "sh -c 'echo", 'run: command is "sh -c \'echo": No closing quotation'),
-        ("COMMAND", '["sh",', "run: COMMAND is not JSON"),
+        ("COMMAND", '["sh",', "run: command is "),
         ("ENVIRONMENT", "A=1", "run: ENVIRONMENT is not JSON"),
         ("HOST_CONFIG", '{"memory": "1g"}', "run: host_config"),
         ("TIME_LIMIT", "-1", "run: time_limit is -1"),
@@ -64,7 +66,7 @@ def test_make_hands_a_command_on_as_it_is(given: str) -> None:
     assert command in shown.stdout.splitlines(), shown
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, tmp_path: Path) -> None:
     script = "from scripts import engine as e; import time; e.find = e.own = lambda: None; e._started = [1]; "
     script += "e.start = lambda: print('up', flush=True); "
@@ -85,6 +87,36 @@ def test_no_engine_and_no_way_to_start_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(engine.SetupError, match="no Docker engine answers"), engine.running():
         pass
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"DOCKER_HOST": "tcp://127.0.0.1:9"}, "no Docker engine answers at DOCKER_HOST=tcp://127.0.0.1:9"),
+        ({"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_TLS_VERIFY": "1"}, "TLS"),
+        ({"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST"),
+        ({"DOCKER_CONTEXT": "gone"}, "there is no such context"),
+    ],
+)
+def test_an_engine_that_is_chosen_and_not_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], says: str
+) -> None:
+    """As with `docker run`, no other engine takes its place."""
+    for name in ("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CONTEXT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"DOCKER_CERT_PATH": str(tmp_path), **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(engine.SetupError, match=re.escape(says)):
+        engine.find()
+
+
+def test_a_cluster_of_another_folder_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cluster, "KUBECONFIG", tmp_path / "config")
+    client = MagicMock()
+    for change in (cluster.up, cluster.down):
+        with pytest.raises(engine.SetupError, match="was not made from this folder"):
+            change(client)
+    assert not client.containers.list.called
 
 
 def test_row_30_one_lock_for_all_that_start_or_stop_an_engine(

@@ -123,6 +123,8 @@ def test_a_template_that_is_no_job(tmp_path: Path, content: str, what: str) -> N
 
 
 WITHOUT_ARGS = ["[/bin/sh, -c]", "[bash, -euo, pipefail, -c]", "[tini, --, sh, -ec]", "[sh, -c, exec $0, flow]"]
+WITHOUT_ARGS += ["[sh, -ce]", "[bash, -ceu]", "[ksh, -c]", "[/bin/zsh, -c]", "[bash, -o, errexit, -c]", "[sh, +e, -c]"]
+WITHOUT_ARGS += ["[sh, -cx, echo]", """[sh, -c, 'exec "$@"']"""]  # without a name, "prefect" would be $0
 
 
 @pytest.mark.parametrize("command", WITHOUT_ARGS)
@@ -133,6 +135,7 @@ def test_row_17_a_shell_that_would_not_run_the_flow(tmp_path: Path, command: str
 
 SCRIPT = json.dumps('\nset -x\nexec tini -- "$@"')
 COMMANDS = ["[]", "[python, -c, run]", "[tini, -g, --]", "[bash, -e, /run.sh]", "[sh, -c, prefect execute flow-run]"]
+COMMANDS += ["""[sh, -c, --, 'exec "$@"', flow]""", """[sh, -c, 'exec "$0" "$@"']"""]
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, f"[sh, -euc, {SCRIPT}, flow]", "[bash, -o, pipefail, -c, '${@:1}', x]"])
@@ -165,9 +168,17 @@ def test_row_18_no_value_of_an_environment_is_shown(tmp_path: Path, env: str) ->
     assert "hunter2" not in refusal(tmp_path, f"{JOB}          env: {env}")
 
 
-def test_row_20_dates_are_strings(tmp_path: Path) -> None:
-    job = load(tmp_path, f"{JOB}metadata: {{annotations: {{reviewed: 2023-05-01, 1: a}}}}")
-    assert job["metadata"] == {"annotations": {"reviewed": "2023-05-01", "1": "a"}}
+@pytest.mark.parametrize("date", ["2023-05-01", "2023-05-01T12:00:00Z", "2023-13-45"])
+def test_row_20_dates_are_strings(tmp_path: Path, date: str) -> None:
+    job = load(tmp_path, f"{JOB}metadata: {{annotations: {{reviewed: {date}, {date}: a, 1: a}}}}")
+    assert job["metadata"] == {"annotations": {"reviewed": date, date: "a", "1": "a"}}
+
+
+@pytest.mark.parametrize("value", [".inf", "!!binary aGVsbG8=", "*hunter2", "!hunter2 x"])
+def test_what_json_cannot_hold_is_refused_without_its_value(tmp_path: Path, value: str) -> None:
+    message = refusal(tmp_path, f"{JOB}          env: [{{name: A, value: {value}}}]")
+    assert "not YAML that Kubernetes takes" in message
+    assert "hunter2" not in message
 
 
 @pytest.mark.parametrize("content", [f"{JOB}---\n", f"---\n{JOB}", f"---\n# none\n---{JOB}...\n", f"\ufeff{JOB}"])
