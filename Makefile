@@ -42,7 +42,7 @@ lint: .venv/ready ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and 
 	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*' ':!*go.sum' ':!*go.mod')
 
-bench: .venv/ready ## measure what the sidecar costs, into docs/benchmarks.md (10 min; with a cluster, 45 more)
+bench: .venv/ready ## measure what the sidecar costs, into docs/benchmarks.md (5 min; with a cluster, 25 more)
 	@$(BIN)/python -m scripts.bench
 	@if $(BIN)/python -m scripts.cluster possible; then $(BIN)/pytest tests/kubernetes/bench_cluster.py; \
 	else echo 'The cluster is left out. Install kind, or without Docker Hub run `make airgap`.'; fi

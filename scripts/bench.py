@@ -157,7 +157,7 @@ def read(reader: str, container_id: str) -> tuple[float, float]:
 
 def main() -> None:
     """Measure what needs no cluster."""
-    print("bench: about 10 minutes; starts privileged containers", flush=True)
+    print("bench: about 5 minutes; starts privileged containers", flush=True)
     with running() as engine:
         provide(engine, IMAGE, DAEMON)
         assert run(engine, image=IMAGE, command="true").is_successful()

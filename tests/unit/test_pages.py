@@ -20,7 +20,7 @@ from tests.support import pages
 
 # What neither `.ci/run` nor a test runs, and why.
 TARGETS_BY_HAND = {
-    "bench": "takes most of an hour",
+    "bench": "takes half an hour",
     "clean": "removes the .venv that the tests run in",
     "lint": "part of `make test`",
     "lock": "asks the package index for new versions",
