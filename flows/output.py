@@ -25,7 +25,7 @@ HEAD, TAIL = 1 << 18, 1 << 17  # what a batch keeps from its beginning and from 
 LINE_COST = 128  # a line counts as so many characters more, so that short lines are bounded too
 LINE_LENGTH = 1 << 16  # a longer line is broken
 END = 1 << 12  # how much of the end of the output is compared with what Docker has, to know that nothing is missing
-# Docker's numbers of the streams. SYSTEM carries Docker's own errors while it reads the output.
+# Docker's numbers of the streams. SYSTEM carries what is wrong with the output itself.
 STDOUT, STDERR, SYSTEM = 1, 2, 3
 
 _HEADER = struct.Struct(">BxxxL")
@@ -60,7 +60,7 @@ def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) 
     try:
         response.raise_for_status()
     except requests.HTTPError as error:
-        create_api_error_from_http_exception(error)
+        create_api_error_from_http_exception(error)  # raises it
     return frames(response.iter_content(chunk_size=None), tty)
 
 

@@ -116,11 +116,12 @@ def _job(text: str) -> dict[str, Any]:
     for index, variable in enumerate(flow.get("env", [])):
         _check_fields(variable, {"name": ""}, f"{where}.env[{index}]")
     shell = _SHELL.search("\0".join(map(str, flow.get("command", []))))
-    script = (shell["script"] or "") if shell else ""
-    passed_on = r"|\$\{?[@*1]" if shell and (shell["name"] or "$0" in script) else ""  # without a name "prefect" is $0
-    if shell and not re.search("flow-run" + passed_on, script):
-        fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
-        raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
+    if shell:
+        script = shell["script"] or ""
+        arguments = r"|\$\{?[@*1]" if shell["name"] or "$0" in script else ""  # without a name, "prefect" is $0
+        if not re.search("flow-run" + arguments, script):
+            fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
+            raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
     return job
 
 

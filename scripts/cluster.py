@@ -154,8 +154,10 @@ def main(what: str) -> None:
                         volume.remove()
             engine.stop()
             for path in engine.CACHE.iterdir() if what == "clean" else ():
-                if path.is_dir():  # not the lock, for which another `make` may wait
+                if path.is_dir():
                     shutil.rmtree(path)
+                elif path.name != "lock":  # for which another `make` may wait
+                    path.unlink()
     else:
         with engine.running() as client:
             options = node_options(client)

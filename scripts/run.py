@@ -31,11 +31,11 @@ def parameters() -> dict[str, Any]:
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
-        if name in JSON or value.lstrip().startswith("["):
+        if name in JSON or (name == "COMMAND" and value.lstrip().startswith("[")):
             try:
                 found[name.lower()] = json.loads(value)
             except ValueError as error:
-                if name in JSON:
+                if name in JSON:  # a command that is not may be the program [
                     sys.exit(f"run: {name} is not JSON: {error}")
     if problem := validate_parameters(found):
         sys.exit(f"run: {problem}")
@@ -61,7 +61,7 @@ def main() -> None:
     """Run, show the logs, and exit with 0 if and only if the run succeeded."""
     given = parameters()
     try:
-        Settings.from_environ()
+        Settings.from_environ()  # a fault there must not start an engine first
         with engine.running() as client:
             state = run(client, **given)
     except (SettingsError, engine.SetupError) as error:

@@ -16,7 +16,7 @@ if [ -z "$python" ]; then
 fi
 
 if command -v flock >/dev/null; then # another `make` may be at it
-  exec 9>.venv.lock
+  exec 9<scripts/setup.sh
   flock 9
   if [ .venv/ready -nt requirements-dev.txt ] && [ .venv/ready -nt scripts/setup.sh ]; then exit; fi
 fi
