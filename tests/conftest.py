@@ -7,6 +7,7 @@ import io
 import os
 import signal
 import tarfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +25,8 @@ os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PA
 # Under `make test &` SIGINT is ignored, and stays so in what is started from here; but runs are cancelled by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-LABELS = {"docker-sidecar-on-kubernetes": "test"}
+SESSION = f"tests-{uuid.uuid4().hex[:8]}"  # of this process: others may use the same engine and cluster
+LABELS = {"docker-sidecar-on-kubernetes": SESSION}
 PREFECT = "prefecthq/prefect:1.4.1"
 # The smallest image that can run a command: the busybox of the dind image, whether that is the published one (Alpine,
 # where busybox needs musl) or the stand-in.
@@ -88,7 +90,7 @@ def engine() -> Iterator[docker.DockerClient]:
         registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
         scripts.engine.registry(client, DAEMON, PREFECT, REGISTRY_IMAGE)
         yield client
-        for left in client.containers.list(all=True, filters={"label": "docker-sidecar-on-kubernetes=test"}):
+        for left in client.containers.list(all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}):
             left.remove(force=True, v=True)
         if not registry_was_there:
             scripts.engine.remove_ours(client)
