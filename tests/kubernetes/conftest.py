@@ -242,7 +242,7 @@ def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
-    readme("prefect agent kubernetes install")
+    readme("prefect agent kubernetes install --rbac")
 
     def running() -> str | None:
         pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
@@ -324,7 +324,12 @@ def submit(
 
     def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(job_template=template, memory_request=memory, memory_limit=memory).serialize()
+        config = KubernetesRun(
+            job_template=template,
+            memory_request=memory,
+            memory_limit=memory,
+            labels=api.flows[flow_id].run_config["labels"],
+        ).serialize()
         run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
         runs.append(Run(namespace, api.flow_runs[run_id]))
         return runs[-1]
