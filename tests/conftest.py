@@ -16,8 +16,9 @@ import docker
 import pytest
 from docker.models.containers import Container
 
-import scripts.engine
-from scripts.engine import DAEMON, REGISTRY_IMAGE
+from scripts import engine as scripts_engine
+from scripts import registry
+from scripts.base import DAEMON, REGISTRY_IMAGE
 from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
@@ -86,14 +87,14 @@ def login(password: str = "password") -> dict[str, str]:
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
     """This machine's Docker engine, with the images of the tests and a registry that has them."""
-    with scripts.engine.running() as client:
+    with scripts_engine.running() as client:
         registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
-        scripts.engine.registry(client, DAEMON, PREFECT, REGISTRY_IMAGE)
+        registry.start(client, DAEMON, PREFECT, REGISTRY_IMAGE)
         yield client
         for left in client.containers.list(all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}):
             left.remove(force=True, v=True)
         if not registry_was_there:
-            scripts.engine.remove_ours(client)
+            scripts_engine.remove_ours(client)
 
 
 def have(client: docker.DockerClient, *images: str) -> None:

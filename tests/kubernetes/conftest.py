@@ -24,9 +24,8 @@ import pytest
 import urllib3
 from prefect.run_configs import KubernetesRun
 
-import scripts.engine
 from flows.settings import PROJECT, load_job_template
-from scripts import cluster
+from scripts import cluster, registry
 from tests.conftest import busybox
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
@@ -170,7 +169,7 @@ def readme(
     (home / "kubectl").chmod(0o755)
     names = {
         "http://your-server:4200": api.url,
-        "registry.example.com/team/": f"{scripts.engine.REGISTRY}/",
+        "registry.example.com/team/": f"{registry.REGISTRY}/",
         "namespace flows": f"namespace {NAMESPACE}",
         "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
     }
@@ -240,8 +239,8 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    path = scripts.engine.push(engine, busybox(engine), "tests/busybox:1")
-    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{path}"
+    path = registry.push(engine, busybox(engine), "tests/busybox:1")
+    return f"{registry.registry_address(engine, cluster.NETWORK)}/{path}"
 
 
 @pytest.fixture(params=["docker_sidecar", "native_sidecar"])
