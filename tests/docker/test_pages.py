@@ -16,7 +16,8 @@ import docker
 import prefect
 import pytest
 
-from scripts.engine import DAEMON, PREFECT, push, registry_address
+from scripts.base import DAEMON, PREFECT
+from scripts.registry import push, registry_address
 from tests.conftest import busybox, container
 from tests.docker.conftest import Daemon, Outcome, private_network, run_daemon
 from tests.support.pages import example

@@ -18,10 +18,10 @@ import pytest
 import trustme
 import yaml
 
-import scripts.engine
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from scripts.engine import REGISTRY_IMAGE
+from scripts.base import REGISTRY_IMAGE
+from scripts.registry import REGISTRY
 from tests.conftest import container, tar
 from tests.kubernetes.conftest import Namespace, Run
 from tests.kubernetes.test_production import volume
@@ -47,7 +47,7 @@ def test_own_flow(
         copy(PROJECT / name, tmp_path / name)
     source = SOURCES[module].replace('image_tag="1"', f'image_tag="{namespace.name}"')  # which the node has not pulled
     (tmp_path / "flows" / f"{module}.py").write_text(source)
-    environment = {**os.environ, **api.env, "PYTHONPATH": str(tmp_path), "FLOW_REGISTRY_URL": scripts.engine.REGISTRY}
+    environment = {**os.environ, **api.env, "PYTHONPATH": str(tmp_path), "FLOW_REGISTRY_URL": REGISTRY}
     prefect = Path(sys.executable).with_name("prefect")
     for arguments in (["create", "project", module], ["register", "--project", module, "-m", f"flows.{module}"]):
         done = subprocess.run([prefect, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
