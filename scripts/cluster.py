@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -172,8 +173,11 @@ def main(what: str) -> None:
                     shutil.rmtree(path)
                 elif path.name != "lock":  # for which another `make` may wait
                     path.unlink()
-    elif what == "test":
-        sys.exit(subprocess.run([sys.executable, "-m", "pytest", *tests()]).returncode)
+    elif what in ("test", "bench"):
+        paths = (
+            tests() if what == "test" else [str(path) for folder in tests() for path in Path(folder).glob("bench_*")]
+        )
+        sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)
     else:
         with engine.running() as client:
             options = node_options(client)
