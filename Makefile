@@ -47,8 +47,8 @@ lint: .venv/dev ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and co
 	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*' ':!*go.sum' ':!*go.mod')
 
-bench: .venv/dev ## measure what the sidecar costs, into docs/benchmarks.md (5 min; with a cluster, 25 more)
-	@$(BIN)/python -m scripts.bench
+bench: .venv/dev ## measure what the sidecar costs, into docs/benchmarks.md (half an hour)
+	@$(BIN)/python -m scripts.cluster bench
 
 cluster-up: .venv/ready ## start a kind cluster, with its own kubeconfig and a local registry (about a minute)
 	@$(BIN)/python -m scripts.cluster up
