@@ -7,9 +7,8 @@ import os
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -27,12 +26,13 @@ from prefect.run_configs import KubernetesRun
 import scripts.engine
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from tests.conftest import busybox
+from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
+NAMESPACE = SESSION
+SMALL_IMAGE = "tests/busybox:1"
 KUBECTL = f"""#!/bin/sh
 exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
 """
@@ -118,14 +118,29 @@ class Namespace:
         return "\n".join(lines)
 
 
+@contextmanager
+def clustered() -> Iterator[docker.DockerClient]:
+    """The engine with the cluster, and a small image in its registry. Asked for and not to be had is a failure."""
+    with provided() as client:
+        was_up = bool(cluster.node_of(client))
+        cluster.up(client)
+        scripts.engine.push(client, busybox(client), SMALL_IMAGE)
+        yield client
+        if not was_up:
+            cluster.down(client)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    set_up_before_workers(session, clustered)
+
+
 @pytest.fixture(scope="session")
 def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
-    """With the cluster; asked for and not to be had is a failure."""
-    was_up = bool(cluster.node_of(engine))
-    cluster.up(engine)
-    yield engine
-    if not was_up:
-        cluster.down(engine)
+    if WORKER:
+        yield engine
+    else:
+        with clustered():
+            yield engine
 
 
 @pytest.fixture(scope="session")
@@ -240,13 +255,12 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    path = scripts.engine.push(engine, busybox(engine), "tests/busybox:1")
-    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{path}"
+    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
 
 
-@pytest.fixture(params=["docker_sidecar", "native_sidecar"])
+@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers"])
 def template_name(request: pytest.FixtureRequest) -> str:
-    """Both templates in turn, for tests of what both promise."""
+    """Each template in turn, for tests of what all of them promise."""
     return str(request.param)
 
 
