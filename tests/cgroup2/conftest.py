@@ -60,7 +60,7 @@ class Pod:
         }
         container = {
             "metadata": {"name": "dind-daemon"},
-            "image": {"image": DAEMON},
+            "image": {"image": f"docker.io/library/{DAEMON}"},
             "command": command or daemon.get("command", []),
             "args": daemon.get("args", []),
             "envs": [{"key": variable["name"], "value": variable["value"]} for variable in daemon["env"]],
@@ -88,7 +88,8 @@ class Pod:
         node.run(f"crictl -t 100s start {self.id}")
         if hook := daemon.get("lifecycle", {}).get("postStart"):
             self.exec(*hook["exec"]["command"])
-        wait_for(lambda: self.docker("version || true").count("Version:") > 1, "dockerd answers", self.log, 240)
+        answer = "sh", "-c", "docker version 2>&1 || true"
+        wait_for(lambda: "Server:" in self.exec(*answer), "dockerd answers", self.log, 240)
         node.run(f"cp /inner.tar {mounts['/workspace']}")
         self.docker("load -i /workspace/inner.tar")
 

@@ -58,7 +58,7 @@ def _build(client: docker.DockerClient, node_image: str, work: Path) -> None:
         folder.mkdir()
     for name in (DAEMON, busybox(client, INNER, "CMD sleep infinity")):
         with (tars / name.replace(":", "-")).open("wb") as file:
-            file.writelines(client.images.get(name).save(named=True))
+            file.writelines(client.images.get(name).save(named=name))
     node = client.containers.create(node_image)
     try:
         with (work / "node.tar").open("wb") as file:
