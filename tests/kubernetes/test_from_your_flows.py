@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -18,9 +15,7 @@ from typing import Any
 import pytest
 from prefect.serialization.schedule import ScheduleSchema
 
-from flows.settings import PROJECT
-from scripts.engine import REGISTRY
-from tests.kubernetes.conftest import NAMESPACE, Namespace, Run
+from tests.kubernetes.conftest import Namespace, Run
 from tests.support.pages import example
 from tests.support.prefect_api import FlowRun, PrefectAPI
 
@@ -65,7 +60,7 @@ def children(api: PrefectAPI, record: FlowRun) -> list[FlowRun]:
 def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     api: PrefectAPI, parent: Parent, small_image: str, namespace: Namespace
 ) -> None:
-    """The tests' API has no scheduler: the test does what Prefect Server's does with the schedule that it has stored."""
+    """The tests' API has no scheduler. The test does what Prefect Server's does with the stored schedule."""
     parent_id = parent(example("scheduled").replace("alpine:3", small_image))
     schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
     events = schedule.next(10, return_events=True)
