@@ -21,11 +21,12 @@ import operator
 import os
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 from graphql import build_schema, graphql_sync
 from prefect.engine.state import Cancelled, Cancelling, Pending, Scheduled, State

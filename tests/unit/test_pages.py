@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -87,7 +88,7 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page: the second `Usage` is `usage-1`."""
     found: dict[str, int] = {}
     tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
-    for before, heading in zip(tokens, tokens[1:]):
+    for before, heading in itertools.pairwise(tokens):
         if before.type == "heading_open":
             text = "".join(part.content for part in heading.children or [])
             name = slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
