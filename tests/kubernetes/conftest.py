@@ -341,7 +341,12 @@ def submit(
 
     def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(job_template=template, memory_request=memory, memory_limit=memory).serialize()
+        config = KubernetesRun(
+            job_template=template,
+            memory_request=memory,
+            memory_limit=memory,
+            labels=api.flows[flow_id].run_config["labels"],
+        ).serialize()
         run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
         runs.append(Run(namespace, api.flow_runs[run_id]))
         return runs[-1]
