@@ -45,6 +45,7 @@ def start(engine: docker.DockerClient) -> Iterator[Start]:
             labels=LABELS,
             privileged=True,
             volumes={store.name: {"bind": "/store"}},
+            tmpfs={"/run/dind": ""},
         )
         started.append(container)
         for path, content in (files or {}).items():
