@@ -68,8 +68,8 @@ def test_a_template_of_the_agents_is_changed_without_registering(
         literal = shlex.quote(f"--from-literal=own.yaml={yaml.safe_dump(job)}")
         return {"--namespace flows": f"--namespace {namespace.name}", "--from-file=job_templates/own.yaml": literal}
 
-    create = "kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml"
-    readme(create, template("the first template"))
+    first, second = template("the first template"), template("the second template")
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml", first)
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
     # the old Agent ignores SIGTERM, and knows no such template
@@ -84,7 +84,7 @@ def test_a_template_of_the_agents_is_changed_without_registering(
 
     name = wait_for(the_new_agent, "the new Agent runs", namespace.report, 120)
     run_says("the first template")
-    readme(f"{create} --dry-run=client", template("the second template"))
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
 
     def changed() -> bool:
         # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes

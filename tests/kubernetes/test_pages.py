@@ -106,14 +106,15 @@ def test_workspace(submit: Submit, template: Template, namespace: Namespace) -> 
     run.logged("from the flow")
 
 
-def test_own_template(submit: Submit, patched: Callable[[str], Template], namespace: Namespace) -> None:
+def test_own_template(
+    submit: Submit, patched: Callable[[str], Template], namespace: Namespace, readme: Callable[..., str]
+) -> None:
     """On a node with a label of the test's own."""
     key = f"dedicated-{uuid.uuid4().hex[:8]}"
     template = patched(example("own-template").replace("dedicated:", f"{key}:"))
     run = submit(template, command="echo on my own template")
     run.wait(lambda: "Unschedulable" in str(namespace.pods(run.record.id)), "no node has the label", 60)
-    label = {"metadata": {"labels": {key: "containers"}}}
-    namespace.core.patch_node(cluster.NODE, label)
+    readme("kubectl label node", {"NODE": cluster.NODE, "dedicated=": f"{key}="})
     try:
         assert run.reaches("Success", "Failed").state == "Success", run.seen()
         run.logged("on my own template")
