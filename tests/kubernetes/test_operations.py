@@ -72,17 +72,16 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml", first)
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
-    # the old Agent ignores SIGTERM, and knows no such template
-    namespace.core.delete_namespaced_pod(agent, namespace.name, grace_period_seconds=0)
-    pods = namespace.core.list_namespaced_pod
 
-    def the_new_agent() -> str:
-        found = pods(namespace.name, label_selector="app=prefect-agent").items
-        return " ".join(
-            pod.metadata.name for pod in found if pod.status.phase == "Running" and pod.metadata.name != agent
-        )
+    def only_the_new_agent() -> str:
+        pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
+        for pod in pods:
+            if pod.metadata.deletion_timestamp:  # it ignores SIGTERM, would take runs, and knows no such template
+                namespace.core.delete_namespaced_pod(pod.metadata.name, namespace.name, grace_period_seconds=0)
+        names = {pod.metadata.name for pod in pods if pod.status.phase == "Running"}
+        return "" if agent in names or len(pods) != 1 else " ".join(names)
 
-    name = wait_for(the_new_agent, "the new Agent runs", namespace.report, 120)
+    name = wait_for(only_the_new_agent, "only the new Agent runs", namespace.report, 120)
     run_says("the first template")
     readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
 
