@@ -25,7 +25,9 @@ import prefect.tasks.docker
 
 import flows.tasks
 from flows.settings import PROJECT
-from scripts.engine import CACHE, DAEMON, LABELS, PREFECT, provide, running, wait_until
+from scripts.base import CACHE, DAEMON, LABELS, PREFECT, wait_until
+from scripts.engine import running
+from scripts.images import provide
 from scripts.run import run
 
 T = TypeVar("T")

@@ -19,7 +19,7 @@ import docker
 from docker.errors import BuildError, ImageNotFound
 
 from flows.settings import PROJECT
-from scripts.engine import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
+from scripts.base import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
 
 HERE = Path(__file__).resolve().parent
 BASE = "docker-sidecar-airgap-base:bookworm"

@@ -14,7 +14,8 @@ from pathlib import Path
 import docker
 import pytest
 
-from scripts.engine import DAEMON, PREFECT, push, registry_address
+from scripts.base import DAEMON, PREFECT
+from scripts.registry import push, registry_address
 from tests.conftest import busybox, container
 from tests.docker.conftest import Outcome, private_network, run_daemon
 from tests.support.pages import example

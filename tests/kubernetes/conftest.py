@@ -24,9 +24,8 @@ import pytest
 import urllib3
 from prefect.run_configs import KubernetesRun
 
-import scripts.engine
 from flows.settings import PROJECT, load_job_template
-from scripts import cluster
+from scripts import cluster, registry
 from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
@@ -125,7 +124,7 @@ def clustered() -> Iterator[docker.DockerClient]:
     with provided() as client:
         was_up = bool(cluster.node_of(client))
         cluster.up(client)
-        scripts.engine.push(client, busybox(client), SMALL_IMAGE)
+        registry.push(client, busybox(client), SMALL_IMAGE)
         yield client
         if not was_up:
             cluster.down(client)
@@ -186,7 +185,7 @@ def readme(
     (home / "kubectl").chmod(0o755)
     names = {
         "http://your-server:4200": api.url,
-        "registry.example.com/team/": f"{scripts.engine.REGISTRY}/",
+        "registry.example.com/team/": f"{registry.REGISTRY}/",
         "namespace flows": f"namespace {NAMESPACE}",
         "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
     }
@@ -256,7 +255,7 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
+    return f"{registry.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
 
 
 @pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers"])

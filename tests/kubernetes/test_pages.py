@@ -20,10 +20,10 @@ import pytest
 import trustme
 import yaml
 
-import scripts.engine
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from scripts.engine import DAEMON, REGISTRY_IMAGE
+from scripts.base import DAEMON, REGISTRY_IMAGE
+from scripts.registry import REGISTRY
 from tests.conftest import container, private_registry, tar
 from tests.kubernetes.conftest import KUBECTL, SMALL_IMAGE, Namespace, Run
 from tests.kubernetes.test_production import volume
@@ -60,7 +60,7 @@ def own_flow(api: PrefectAPI, agent: str, namespace: Namespace, small_image: str
             source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
         source = source.replace('image_tag="1"', f'image_tag="{namespace.name}"')  # which the node has not pulled
         register = example("register-own").replace("two_containers", module).replace("containers", module)
-        environment = {**os.environ, **api.env, "FLOW_REGISTRY_URL": scripts.engine.REGISTRY}
+        environment = {**os.environ, **api.env, "FLOW_REGISTRY_URL": REGISTRY}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         copy = example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT))
         folder = tmp_path / module
