@@ -22,6 +22,7 @@ from tests.support.waiting import wait_for
 
 TEAM = f"{NAMESPACE}-team"
 JOB_CONTROLLER = "system:serviceaccount:kube-system:job-controller"
+HERE = {"namespace flows": f"namespace {TEAM}", "label docker-sidecar": f"label {TEAM}"}
 
 
 def here(text: str) -> str:
@@ -39,19 +40,15 @@ def here(text: str) -> str:
 
 @pytest.fixture(scope="module")
 def team(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterator[Namespace]:
-    """A second namespace, as docs/operations.md adds one, with an Agent of its own account and label."""
-    instead = {"namespace flows": f"namespace {TEAM}", "label docker-sidecar": f"label {TEAM}"}
-    readme("kubectl create namespace", instead)
-    readme("kubectl label namespace", instead)
+    """A second namespace, as docs/operations.md adds one."""
+    readme("kubectl create namespace", HERE)
+    readme("kubectl label namespace", HERE)
     found = Namespace(cluster.api(), TEAM)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, TEAM))
     readme("kubectl apply --filename agent-role.yaml", {"agent-role.yaml": here(example("agent-role"))})
-    readme("prefect agent kubernetes install --label", instead)
-    readme("kubectl delete role,rolebinding", instead)
     policies = kubernetes.client.AdmissionregistrationV1Api(found.api)
-    readme(
-        "kubectl apply --filename admission-policy.yaml", {"admission-policy.yaml": here(example("admission-policy"))}
-    )
+    policy = {"admission-policy.yaml": here(example("admission-policy"))}
+    readme("kubectl apply --filename admission-policy.yaml", policy)
     try:
         wait_for(lambda: refusal(found, "admin", pod(hostNetwork=True)), "the policy is in force", found.report, 60)
         yield found
@@ -89,7 +86,7 @@ def refusal(namespace: Namespace, user: str, body: dict[str, Any]) -> str:
 
 
 def test_a_run_under_the_policy_with_an_agent_of_few_rights(
-    team: Namespace, api: PrefectAPI, flow_id: str, small_image: str
+    team: Namespace, api: PrefectAPI, flow_id: str, small_image: str, readme: Callable[..., str]
 ) -> None:
     """One with the policy's image of the daemon, and one with another; the Agent deletes the Job that has ended."""
 
@@ -101,6 +98,8 @@ def test_a_run_under_the_policy_with_an_agent_of_few_rights(
         run_id = api.create_flow_run(flow_id, parameters=parameters, run_config=config, labels=[TEAM])
         return Run(team, api.flow_runs[run_id])
 
+    readme("prefect agent kubernetes install --label", HERE)
+    readme("kubectl delete role,rolebinding", HERE)
     bad, good = submit("docker:28-dind"), submit("docker:29.9.0-dind")
     assert good.reaches("Success", "Failed").state == "Success", good.seen()
     good.logged("admitted")
@@ -137,11 +136,11 @@ def test_the_policy_admits_no_jobs_of_others_and_no_privileged_debugging(team: N
     spec = {"template": {"spec": {**pod()["spec"], "restartPolicy": "Never"}}}
     with pytest.raises(kubernetes.client.ApiException, match="only the Agent may create Jobs"):
         team.batch.create_namespaced_job(TEAM, {"metadata": {"name": "tried"}, "spec": spec}, dry_run="All")
-    [agent] = team.core.list_namespaced_pod(TEAM, label_selector="app=prefect-agent").items
+    team.core.create_namespaced_pod(TEAM, {**pod(), "metadata": {"name": "debugged"}})
     debugger = {"name": "debug", "image": "busybox", "securityContext": {"privileged": True}}
     with pytest.raises(kubernetes.client.ApiException, match="no privileged debug containers"):
         team.core.patch_namespaced_pod_ephemeralcontainers(
-            agent.metadata.name, TEAM, {"spec": {"ephemeralContainers": [debugger]}}, dry_run="All"
+            "debugged", TEAM, {"spec": {"ephemeralContainers": [debugger]}}, dry_run="All"
         )
 
 
