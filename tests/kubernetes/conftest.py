@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -266,6 +267,22 @@ def template_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def template(template_name: str) -> dict[str, Any]:
     return load_job_template(template_name)
+
+
+@pytest.fixture
+def patched(readme: Callable[..., str], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Make native_sidecar with a patch, by the command of docs/template.md."""
+
+    def patched(patch: str) -> dict[str, Any]:
+        instead = {  # the tests' kubectl may be on the node, where these files are not
+            "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+            "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
+            "job_templates/own.yaml": str(tmp_path / "own.yaml"),
+        }
+        readme("kubectl patch --local", instead)
+        return load_job_template(str(tmp_path / "own.yaml"))
+
+    return patched
 
 
 def daemon_of(template: dict[str, Any]) -> dict[str, Any]:
