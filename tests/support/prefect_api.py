@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any, Callable, NamedTuple
 
 from graphql import build_schema, graphql_sync
-from prefect.engine.state import Cancelled, Cancelling, Pending, Scheduled, State
+from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Scheduled, State
 from prefect.utilities.graphql import decompress
 
 logger = logging.getLogger(__name__)
@@ -490,6 +490,18 @@ class PrefectAPI(ThreadingHTTPServer):
                 if State.deserialize(task_run.serialized_state).is_failed():
                     task_run.enter(Pending("Task run restarted"))
             run.enter(Scheduled("Flow run restarted"))
+
+    def kill_zombies(self, flow_run_id: str) -> None:
+        """Fail the run's tasks that are Running, as the zombie killer does when heartbeats are 10 minutes old."""
+        with self._lock:
+            for task_run in self.flow_runs[flow_run_id].task_runs:
+                if task_run.state == "Running":
+                    task_run.enter(Failed("No heartbeat detected from the remote task; marking the run as failed."))
+
+    def lazarus(self, flow_run_id: str) -> None:
+        """Reschedule a run as Lazarus does when heartbeats are 10 minutes old."""
+        with self._lock:
+            self.flow_runs[flow_run_id].enter(Scheduled("Rescheduled by a Lazarus process."))
 
     def answer(self, request: dict[str, Any], agent_id: str | None) -> tuple[int, Any]:
         """The HTTP status and body for a request: 400, as from Apollo, if it could not even be executed."""
