@@ -33,62 +33,57 @@ def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[Stat
 
 
 def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | None:
-    """State handler of a flow whose containers live in its pod.
+    """State handler of the flow, whose containers end with its pod.
 
-    If the pod ends before the run, SIGTERM makes the run Failed and stops its container. If the run is restarted, all
-    of its tasks run again: Prefect keeps those that had succeeded, but their image and container went with the pod.
-    A run that Lazarus, a service of Prefect Server, starts again because its pod was lost is Failed.
+    SIGTERM, which ends a pod, stops the container and makes the run Failed. In a restarted run all tasks run again,
+    also those that had succeeded. A run that Prefect Server's Lazarus reschedules, because its pod was lost, is Failed.
     """
-    in_pod, handler = bool(prefect.context.get("running_with_backend")), signal.getsignal(signal.SIGTERM)
+    in_pod, handler = prefect.context.get("running_with_backend"), signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
         if new.is_running() and handler == signal.SIG_DFL:  # a program that has a handler of its own keeps it
             signal.signal(signal.SIGTERM, _end_run)
-        elif new.is_finished() and handler is _end_run:  # a pod's process only reports its state, and ends
+        elif new.is_finished() and handler is _end_run:  # in a pod the process has to report the state before it ends
             signal.signal(signal.SIGTERM, signal.SIG_IGN if in_pod else signal.SIG_DFL)
     if not in_pod or not new.is_running():
         return None
     client, run_id = prefect.Client(), prefect.context.flow_run_id
-    _, tasks = _states(client, run_id)
+    tasks = _task_states(client, run_id)
     if any(state.is_finished() for state in tasks.values()):
         if "Lazarus" in (old.message or ""):
             return Failed(LOST)
         prefect.context.logger.info("The run was restarted and has a new Docker daemon: all tasks run again")
         for task_run_id in tasks:
             client.set_task_run_state(task_run_id, Pending("The run was restarted"))
-        # makes Prefect read the states of the tasks again, and go on in this process
-        new = Queued("The run was restarted", state=old)
+        new = Queued("The run was restarted", state=old)  # Prefect then reads the tasks' states again, and goes on
     current = client.get_flow_run_state(run_id)  # the run may have been cancelled meanwhile
     return current if current.is_finished() else new
 
 
-def _states(client: prefect.Client, run_id: str) -> tuple[State, dict[str, State]]:
-    """The state of a flow run, and by id those of its task runs, with the mapped ones."""
-    fields = "serialized_state task_runs { id serialized_state }"
-    run = client.graphql(f'query {{ flow_run_by_pk(id: "{run_id}") {{ {fields} }} }}').data.flow_run_by_pk
-    tasks = {task_run.id: State.deserialize(task_run.serialized_state) for task_run in run.task_runs}
-    return State.deserialize(run.serialized_state), tasks
+def _task_states(client: prefect.Client, run_id: str) -> dict[str, State]:  # get_flow_run_info leaves mapped ones out
+    query = f'query {{ task_run(where: {{ flow_run_id: {{ _eq: "{run_id}" }} }}) {{ id serialized_state }} }}'
+    return {run.id: State.deserialize(run.serialized_state) for run in client.graphql(query).data.task_run}
 
 
 def _end_run(number: int, _: object) -> None:
-    """Handle SIGTERM. No runner of Prefect's makes a state of an interruption, so a thread does it."""
+    """Handle SIGTERM. Prefect's runners make no state of an interruption, so a thread does."""
     in_pod = prefect.context.get("running_with_backend")
     signal.signal(number, signal.SIG_IGN if in_pod else signal.SIG_DFL)  # one is enough
     if in_pod:
         threading.Thread(target=_report, args=[prefect.context.flow_run_id]).start()
-    # those of LocalDaskExecutor("processes"), and a second later: in a pod, tini sends them SIGTERM as well
-    threading.Timer(1, lambda: [child.terminate() for child in multiprocessing.active_children()]).start()
+    for child in multiprocessing.active_children():  # of LocalDaskExecutor("processes")
+        threading.Timer(1, child.terminate).start()  # later, because in a pod tini sends it SIGTERM as well
     raise KeyboardInterrupt
 
 
 def _report(run_id: str) -> None:
     client = prefect.Client()
-    state, tasks = _states(client, run_id)
+    state = client.get_flow_run_state(run_id)
     if not state.is_finished():
         end = Cancelled(state.message) if isinstance(state, Cancelling) else Failed(SIGTERM_CAUSE)
         client.set_flow_run_state(run_id, end)
-        for task_run_id in [key for key, task in tasks.items() if not task.is_finished()]:
+        for task_run_id in [key for key, task in _task_states(client, run_id).items() if not task.is_finished()]:
             client.set_task_run_state(task_run_id, end)
 
 
-# A process that a task forks keeps Python's default: its end is not the run's.
+# A process that a task forks is ended by SIGTERM as usual.
 os.register_at_fork(after_in_child=lambda: signal.getsignal(15) is _end_run and signal.signal(15, signal.SIG_DFL))

@@ -276,9 +276,7 @@ def assert_ended_by_sigterm(run: FlowRun) -> None:
 
 @pytest.mark.parametrize("executor", ["", THREADS, PROCESSES], ids=["local", "threads", "processes"])
 @pytest.mark.parametrize("task_name", ["PullImage", "WaitOnContainer"])
-def test_sigterm_during_a_task(
-    script: Path, api: PrefectAPI, fake: FakeDocker, executor: str, task_name: str
-) -> None:
+def test_sigterm_during_a_task(script: Path, api: PrefectAPI, fake: FakeDocker, executor: str, task_name: str) -> None:
     waits = task_name == "WaitOnContainer"
     if waits:
         fake.exited.clear()
