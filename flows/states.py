@@ -48,9 +48,10 @@ def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | 
         return None
     client, run_id = prefect.Client(), prefect.context.flow_run_id
     tasks = _task_states(client, run_id)
-    if any(state.is_finished() for state in tasks.values()):
-        if "Lazarus" in (old.message or ""):
-            return Failed(LOST)
+    begun = any(state.is_finished() for state in tasks.values())
+    if begun and "Lazarus" in (old.message or ""):
+        new = Failed(LOST)
+    elif begun:
         prefect.context.logger.info("The run was restarted and has a new Docker daemon: all tasks run again")
         for task_run_id in tasks:
             client.set_task_run_state(task_run_id, Pending("The run was restarted"))

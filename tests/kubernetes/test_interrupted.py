@@ -28,7 +28,7 @@ def assert_ended_by_sigterm(run: Run) -> None:
     """Failed within the 30 s that Kubernetes gives, with the cause; and the container had the time to save."""
     record = run.reaches("Failed", "Success", "Cancelled", timeout=30)
     assert (record.state, record.message) == ("Failed", SIGTERM_CAUSE), run.seen()
-    assert set(record.task_states.values()) <= {"Success", "Failed"}, run.seen()
+    run.wait(lambda: set(record.task_states.values()) <= {"Success", "Failed"}, "no task is left unfinished", 30)
     run.logged("saving", 30)
 
 
