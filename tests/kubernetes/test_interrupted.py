@@ -12,7 +12,7 @@ from flows.states import SIGTERM_CAUSE
 from tests.kubernetes.conftest import Namespace, Run
 
 Submit = Callable[..., Run]
-SAVES = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
+SAVES = ["sh", "-c", "trap 'echo saving; exit' TERM; echo listening; while :; do sleep 0.1; done"]
 
 
 def delete(namespace: Namespace, pod: str) -> None:
@@ -37,14 +37,14 @@ def test_a_pod_that_is_taken_away(
     submit: Submit, template: dict[str, Any], namespace: Namespace, end: Callable[[Namespace, str], None]
 ) -> None:
     run = submit(template, command=SAVES)
-    end(namespace, run.container_writes("up"))
+    end(namespace, run.container_writes("listening"))
     assert_ended_by_sigterm(run)
 
 
 def test_a_job_that_is_out_of_time(submit: Submit, template: dict[str, Any]) -> None:
     template["spec"]["activeDeadlineSeconds"] = 20
     run = submit(template, command=SAVES)
-    run.container_writes("up")
+    run.container_writes("listening")
     run.reaches("Failed", "Success", "Cancelled", timeout=60)
     assert_ended_by_sigterm(run)
 
