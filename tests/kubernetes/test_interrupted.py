@@ -47,7 +47,7 @@ def test_a_pod_that_is_taken_away(
 
 
 def test_a_job_that_is_out_of_time(submit: Submit, template: dict[str, Any]) -> None:
-    template["spec"]["activeDeadlineSeconds"] = 20
+    template["spec"]["activeDeadlineSeconds"] = 30
     run = submit(template, command=SAVES)
     run.container_writes("listening")
     run.reaches("Failed", "Success", "Cancelled", timeout=60)
@@ -58,10 +58,10 @@ def test_a_job_that_is_out_of_time(submit: Submit, template: dict[str, Any]) -> 
 def silent_registry(engine: docker.DockerClient) -> Iterator[str]:
     """The address of a registry that takes connections, and never answers."""
     listen = (
-        "import socket, time; s = socket.create_server(('', 5000)); print('listening', flush=True); time.sleep(600)"
+        "import socket, time; s = socket.create_server(('', 5000)); print('listening', flush=True); time.sleep(300)"
     )
     with container(engine, PREFECT, ["python", "-c", listen], network=cluster.NETWORK) as found:
-        wait_for(lambda: b"listening" in found.logs(), "it listens", found.logs)
+        wait_for(lambda: b"up" in found.logs(), "it listens", found.logs)
         yield found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"] + ":5000"
 
 
