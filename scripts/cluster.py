@@ -33,6 +33,7 @@ KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
+GVISOR = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "gvisor"}, "handler": "runsc"}
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -84,6 +85,7 @@ def up(client: docker.DockerClient) -> None:
             script = f"mkdir -p {folder}; echo '[host.\"http://{address}\"]' >{folder}/hosts.toml; touch {CONFIGURED}"
             client.containers.get(NODE).exec_run(["sh", "-c", script])
         create(daemon_config(client, "default"))
+        create(GVISOR)
     except BaseException:
         down(client)
         raise

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,12 +26,13 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster, registry
-from tests.conftest import busybox
+from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
+NAMESPACE = SESSION
+SMALL_IMAGE = "tests/busybox:1"
 KUBECTL = f"""#!/bin/sh
 exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
 """
@@ -117,14 +118,29 @@ class Namespace:
         return "\n".join(lines)
 
 
+@contextmanager
+def clustered() -> Iterator[docker.DockerClient]:
+    """The engine with the cluster, and a small image in its registry. Asked for and not to be had is a failure."""
+    with provided() as client:
+        was_up = bool(cluster.node_of(client))
+        cluster.up(client)
+        registry.push(client, busybox(client), SMALL_IMAGE)
+        yield client
+        if not was_up:
+            cluster.down(client)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    set_up_before_workers(session, clustered)
+
+
 @pytest.fixture(scope="session")
 def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
-    """With the cluster; asked for and not to be had is a failure."""
-    was_up = bool(cluster.node_of(engine))
-    cluster.up(engine)
-    yield engine
-    if not was_up:
-        cluster.down(engine)
+    if WORKER:
+        yield engine
+    else:
+        with clustered():
+            yield engine
 
 
 @pytest.fixture(scope="session")
@@ -226,7 +242,7 @@ def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
-    readme("prefect agent kubernetes install")
+    readme("prefect agent kubernetes install --rbac")
 
     def running() -> str | None:
         pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
@@ -239,19 +255,43 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    path = registry.push(engine, busybox(engine), "tests/busybox:1")
-    return f"{registry.registry_address(engine, cluster.NETWORK)}/{path}"
+    return f"{registry.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
 
 
-@pytest.fixture(params=["docker_sidecar", "native_sidecar"])
+@pytest.fixture(scope="session")
+def gvisor(engine: docker.DockerClient) -> None:
+    """A node that has gVisor: the one that `make airgap` builds, or one that was given it as docs/gvisor.md says."""
+    if engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])[0] != 0:
+        pytest.skip("gvisor_sidecar: the node has no gVisor, see docs/gvisor.md")
+
+
+@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"])
 def template_name(request: pytest.FixtureRequest) -> str:
-    """Both templates in turn, for tests of what both promise."""
+    """The templates in turn, for tests of what all promise."""
+    if request.param == "gvisor_sidecar":
+        request.getfixturevalue("gvisor")
     return str(request.param)
 
 
 @pytest.fixture
 def template(template_name: str) -> dict[str, Any]:
     return load_job_template(template_name)
+
+
+@pytest.fixture
+def patched(readme: Callable[..., str], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Make native_sidecar with a patch, by the command of docs/template.md."""
+
+    def patched(patch: str) -> dict[str, Any]:
+        instead = {  # the tests' kubectl may be on the node, where these files are not
+            "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+            "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
+            "job_templates/own.yaml": str(tmp_path / "own.yaml"),
+        }
+        readme("kubectl patch --local", instead)
+        return load_job_template(str(tmp_path / "own.yaml"))
+
+    return patched
 
 
 def daemon_of(template: dict[str, Any]) -> dict[str, Any]:
@@ -309,7 +349,12 @@ def submit(
 
     def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(job_template=template, memory_request=memory, memory_limit=memory).serialize()
+        config = KubernetesRun(
+            job_template=template,
+            memory_request=memory,
+            memory_limit=memory,
+            labels=api.flows[flow_id].run_config["labels"],
+        ).serialize()
         run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
         runs.append(Run(namespace, api.flow_runs[run_id]))
         return runs[-1]

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from flows.parameters import validate_parameters
 from flows.settings import PROJECT
 from tests.support import pages
 
@@ -28,7 +29,9 @@ TARGETS_BY_HAND = {
     "test-kubernetes": "part of `make test`",
     "test-unit": "part of `make test`",
 }
-COMMANDS_BY_HAND: dict[str, str] = {}  # by how they start
+COMMANDS_BY_HAND = {  # by how they start
+    "kubectl taint node": "would keep other tests' pods off the only node",
+}
 
 MAKE = [command for command in dict.fromkeys(pages.commands()) if command.startswith("make ")]
 OTHERS = [command for command in pages.console() if not command.startswith(("make ", "export "))]
@@ -68,6 +71,12 @@ def test_a_test_runs_the_command(command: str) -> None:
 @pytest.mark.parametrize("start", sorted({*CLAIMED, *COMMANDS_BY_HAND}))
 def test_a_command_that_is_run_is_on_a_page(start: str) -> None:
     assert pages.command(start)
+
+
+def test_a_run_may_have_the_parameters_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of the flow's container")
+    assert validate_parameters(pages.parameters(pages.example("s3-parameters"))) is None
 
 
 def test_examples_are_used_by_tests() -> None:
@@ -118,6 +127,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.is_relative_to(PROJECT), link
         assert target.exists(), link
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}: {anchors(target)}"
+
+
+@pytest.mark.parametrize("page", list(PROJECT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_the_readme_is_short() -> None:
