@@ -5,7 +5,7 @@ FROM ${BASE_IMAGE}
 
 # the base image may have another user; the job templates say who runs the flow
 # hadolint ignore=DL3002
-USER root
+USER 0
 WORKDIR /opt/docker-sidecar
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt

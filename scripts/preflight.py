@@ -56,10 +56,7 @@ def needs(part: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 
 class Preflight:
-    """The checks: each returns what is fine, or raises. A UserWarning is what cannot be seen from here.
-
-    A check may use what an earlier one has set.
-    """
+    """The checks: each returns what is fine or raises, a UserWarning if unsure, and may use what earlier ones set."""
 
     def __init__(self, namespace: str, account: str, project: str) -> None:
         self.namespace, self.project, here = namespace, project, f"--namespace {namespace}"
@@ -153,9 +150,8 @@ class Preflight:
         for kind, name, keys in dict.fromkeys(needs(self.pod["spec"])):
             found = self.ask(f"/api/v1/{self.path}/{kind}s/{quote(name, safe='')}")
             data = {**found.get("data", {}), **found.get("binaryData", {})} if found else {}
-            lost = [f"key {key} of {kind} {name}" for key in keys if key not in data] if found else [f"{kind} {name}"]
-            missing += lost
-            there += [] if lost else [f"{kind} {name}"]
+            there.append(f"{kind} {name}")
+            missing += [f"key {key} of {there[-1]}" for key in keys if key not in data] if found else there[-1:]
         if missing:
             raise CheckFailed(f"the pod cannot start without {', '.join(missing)}")
         return ", ".join(there) or "the pod needs no Secret, ConfigMap or PersistentVolumeClaim"
@@ -215,8 +211,8 @@ class Preflight:
         found = self._graphql(query, name=self.project)["project"]
         if self.project and not found:
             raise CheckFailed(f"no project {self.project!r} → prefect create project {json.dumps(self.project)}")
-        backend, project = prefect.config.backend, self.project or "(PROJECT) not set"
-        return f"{prefect.config.cloud.api}, backend {backend!r}, project {project}"
+        shown = self.project or "(PROJECT) not set"
+        return f"{prefect.config.cloud.api}, backend {prefect.config.backend!r}, project {shown}"
 
     def _agent(self) -> str:
         ours, since = set(self.settings.labels), (datetime.now(timezone.utc) - timedelta(minutes=5)).isoformat()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import docker
 import requests
@@ -21,14 +22,10 @@ def start(client: docker.DockerClient, *names: str) -> None:
         try:
             client.containers.get(f"{NAME}-registry").start()  # of a run that was killed
         except NotFound:
-            client.containers.run(
-                REGISTRY_IMAGE,
-                name=f"{NAME}-registry",
-                detach=True,
-                labels=LABELS,
-                ports={"5000/tcp": ("127.0.0.1", int(REGISTRY.partition(":")[2]))},
-                volumes={f"{NAME}-registry": {"bind": "/var/lib/registry"}},
-            )
+            options: Any = {"detach": True, "name": f"{NAME}-registry", "labels": LABELS}
+            options["ports"] = {"5000/tcp": ("127.0.0.1", int(REGISTRY.partition(":")[2]))}
+            options["volumes"] = {f"{NAME}-registry": {"bind": "/var/lib/registry"}}
+            client.containers.run(REGISTRY_IMAGE, **options)
     except APIError as error:
         raise SetupError(f"the local registry cannot start at {REGISTRY}: {error.explanation}") from None
 

@@ -53,7 +53,7 @@ def containers(job: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def env(container: dict[str, Any]) -> dict[str, str]:
-    return {variable["name"]: variable["value"] for variable in container["env"]}
+    return {variable["name"]: variable.get("value", "") for variable in container["env"]}
 
 
 def words(container: dict[str, Any]) -> list[str]:
@@ -128,7 +128,7 @@ def test_nobody_outside_the_pod_reaches_the_daemon(template: dict[str, Any]) -> 
     [host] = set(re.findall(r"--host[= ]([^\s\"']+)", said))
     assert host in ("unix:///run/dind/docker.sock", "tcp://127.0.0.1:2375")
     assert host.startswith("tcp") or f"--group={flow['securityContext']['runAsGroup']}" in said
-    assert re.search(r"(?:^|dockerd-entrypoint\.sh )dockerd ", said)
+    assert re.search(r'(?:^|dockerd-entrypoint\.sh (?:"\$@"\n sh )?)dockerd ', said)
     assert "ports" not in daemon
     assert env(daemon)["DOCKER_TLS_CERTDIR"] == ""
     assert env(flow)["DOCKER_HOST"] == host.replace("127.0.0.1", "localhost")
