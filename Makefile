@@ -1,6 +1,6 @@
 # Run `make` to list the targets.
 .DEFAULT_GOAL := help
-.PHONY: help run test test-unit test-kubernetes lint bench cluster-up cluster-down airgap preflight lock clean
+.PHONY: help run test test-unit test-kubernetes test-cgroup2 lint bench cluster-up cluster-down airgap preflight lock clean
 
 BIN := .venv/bin
 
@@ -18,7 +18,7 @@ NAMES := IMAGE COMMAND ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT NA
 $(foreach name,$(NAMES),$(eval $(call of_command_line,$(name))))
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .venv/ready: requirements.txt scripts/setup.sh
 	@scripts/setup.sh
@@ -38,17 +38,20 @@ test-unit: .venv/dev ## run the tests that need no Docker engine
 test-kubernetes: .venv/dev ## run the tests on a kind cluster; without one they fail
 	@$(BIN)/pytest tests/kubernetes
 
+test-cgroup2: .venv/dev ## run the daemons of the templates on a node with cgroup v2, in QEMU (10 min; Debian, root)
+	@$(BIN)/pytest tests/cgroup2
+
 lint: .venv/dev ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and codespell
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy flows scripts
 	@$(BIN)/yamllint --strict .
-	@$(BIN)/shellcheck .ci/run scripts/airgap/node/init scripts/airgap/runc-drop-missing-caps $$(git ls-files '*.sh')
+	@$(BIN)/shellcheck .ci/run scripts/airgap/node/init tests/cgroup2/node scripts/airgap/runc-drop-missing-caps $$(git ls-files '*.sh')
 	@$(BIN)/hadolint Dockerfile scripts/airgap/*.Dockerfile
 	@$(BIN)/zizmor --offline --quiet --no-progress .github/workflows
 	@$(BIN)/codespell --ignore-words-list caf $$(git ls-files ':!requirements*' ':!*go.sum' ':!*go.mod')
 
-bench: .venv/dev ## measure what the sidecar costs, into docs/benchmarks.md (5 min; with a cluster, 25 more)
-	@$(BIN)/python -m scripts.bench
+bench: .venv/dev ## measure what the sidecar costs, into docs/benchmarks.md (half an hour)
+	@$(BIN)/python -m scripts.cluster bench
 
 cluster-up: .venv/ready ## start a kind cluster, with its own kubeconfig and a local registry (about a minute)
 	@$(BIN)/python -m scripts.cluster up

@@ -15,7 +15,7 @@ from prefect.triggers import always_run
 
 from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
-from flows.states import fail_with_cause, start_over_after_restart
+from flows.states import fail_with_cause, handle_pod_lifecycle
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
@@ -36,7 +36,7 @@ get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_
 
 with Flow(
     "Docker sidecar example",
-    state_handlers=[fail_on_invalid_parameters, start_over_after_restart],
+    state_handlers=[fail_on_invalid_parameters, handle_pod_lifecycle],
     terminal_state_handler=fail_with_cause,
 ) as flow:
     pulled = pull_image(repository=image)

@@ -39,10 +39,10 @@ def root_cause(error: BaseException) -> BaseException:
     return error
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = START_SECONDS) -> None:
-    """Wait for a condition. Raises SetupError after ``seconds``."""
-    deadline = time.monotonic() + seconds
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait for a condition. Raises SetupError after START_SECONDS."""
+    deadline = time.monotonic() + START_SECONDS
     while not condition():
         if time.monotonic() > deadline:
-            raise SetupError(f"not within {seconds:g} s: {what}")
+            raise SetupError(f"not within {START_SECONDS} s: {what}")
         time.sleep(0.1)

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -32,6 +33,7 @@ KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
+GVISOR = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "gvisor"}, "handler": "runsc"}
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -66,10 +68,7 @@ def up(client: docker.DockerClient) -> None:
         say("the cluster was stopped with its engine; creating it again")
         kind("delete", "cluster", "--name", NAME)
     if (options := node_options(client)) is None:
-        raise SetupError(
-            "a cluster needs kind (https://kind.sigs.k8s.io) on PATH and its node image from Docker Hub, "
-            "or without Docker Hub, as root on Debian, `make airgap`"
-        )
+        raise SetupError("a cluster needs kind (https://kind.sigs.k8s.io) and Docker Hub, or `make airgap` as root")
     try:
         if not client.networks.list(names=[NETWORK]):
             client.networks.create(NETWORK, labels=LABELS)
@@ -86,6 +85,7 @@ def up(client: docker.DockerClient) -> None:
             script = f"mkdir -p {folder}; echo '[host.\"http://{address}\"]' >{folder}/hosts.toml; touch {CONFIGURED}"
             client.containers.get(NODE).exec_run(["sh", "-c", script])
         create(daemon_config(client, "default"))
+        create(GVISOR)
     except BaseException:
         down(client)
         raise
@@ -120,10 +120,7 @@ def node_of(client: docker.DockerClient) -> Any:
 def refuse_foreign() -> None:
     """Raise SetupError if the cluster that runs was not made from this folder."""
     if not KUBECONFIG.exists():
-        raise SetupError(
-            f"there is a kind cluster named {NAME!r} that was not made from this folder. "
-            f"If nobody needs it: kind delete cluster --name {NAME}"
-        )
+        raise SetupError(f"the kind cluster {NAME} was not made from this folder. kind delete cluster --name {NAME}?")
 
 
 def down(client: docker.DockerClient) -> None:
@@ -135,19 +132,14 @@ def down(client: docker.DockerClient) -> None:
     engine.remove_ours(client)
 
 
-def possible(client: docker.DockerClient) -> bool:
-    """Whether there is a cluster, or can be one. If not, says what to do."""
-    there = bool(node_of(client)) or node_options(client) is not None
-    if not there:
-        say("the cluster is left out. Install kind, or without Docker Hub run `make airgap`")
-    return there
-
-
-def tests() -> list[str]:
+def testable() -> list[str]:
     """The folders of tests that this machine can run. Says what is left out, and why."""
     try:
         with engine.running() as client:
-            return ["tests/unit", "tests/docker", *(["tests/kubernetes"] if possible(client) else [])]
+            if node_of(client) or node_options(client) is not None:
+                return ["tests/unit", "tests/docker", "tests/kubernetes"]
+            say("the cluster is left out. Install kind, or without Docker Hub run `make airgap`")
+            return ["tests/unit", "tests/docker"]
     except SetupError as error:
         say(f"{error}. All but the unit tests are left out")
         return ["tests/unit"]
@@ -172,8 +164,9 @@ def main(what: str) -> None:
                     shutil.rmtree(path)
                 elif path.name != "lock":  # for which another `make` may wait
                     path.unlink()
-    elif what == "test":
-        sys.exit(subprocess.run([sys.executable, "-m", "pytest", *tests()]).returncode)
+    elif what in ("test", "bench"):
+        paths = [str(path) for folder in testable() for path in Path(folder).glob(f"{what}_*.py")]
+        sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)
     else:
         with engine.running() as client:
             options = node_options(client)

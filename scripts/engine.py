@@ -26,7 +26,6 @@ from scripts.images import can_pull
 
 HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log
 SOCKET = f"unix://{HOME}/docker.sock"
-WORK_SECONDS = 600
 
 _started: list[subprocess.Popen[bytes]] = []  # Python warns when a Popen of a running process is collected
 
@@ -36,7 +35,7 @@ def connect(base_url: str, **options: Any) -> docker.DockerClient:
     bypass_proxy(base_url)
     client = docker.DockerClient(base_url, timeout=base.ANSWER_SECONDS, **options)
     client.ping()
-    client.api.timeout = WORK_SECONDS
+    client.api.timeout = 600
     return client
 
 
@@ -126,10 +125,7 @@ def lock() -> Iterator[None]:
 def start() -> docker.DockerClient:
     """Start dockerd on a unix socket. If Docker Hub is out of reach, start a mirror with stand-in images as well."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise SetupError(
-            "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST. "
-            "Only as root on Linux is one started for you"
-        )
+        raise SetupError("no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST")
     if not shutil.which("dockerd"):
         say("installing dockerd from the Debian package docker.io (about 30 s)")
         if subprocess.run([PROJECT / "scripts" / "apt-install.sh", "docker.io"]).returncode != 0:
@@ -181,7 +177,7 @@ def stop() -> None:
 def remove_ours(client: docker.DockerClient) -> None:
     """Remove the containers and networks that were started here. Volumes stay, for the next time."""
     ours: dict[str, Any] = {"label": [f"{key}={value}" for key, value in base.LABELS.items()]}
-    for container in client.containers.list(all=True, filters=ours):
+    for container in client.containers.list(all=True, filters=ours, ignore_removed=True):
         container.remove(force=True)
     for network in client.networks.list(filters=ours):
         network.remove()

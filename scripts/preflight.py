@@ -35,15 +35,11 @@ SECONDS = 10  # the time limit of a request
 NAME = "docker-sidecar"  # of the ConfigMap and the Secret that job_templates/ mount
 # What the Agent of Prefect 1.4.1 does in the cluster, see its agent.py; its rbac.yaml grants more.
 RIGHTS = ("create jobs", "list jobs", "delete jobs", "list pods", "list events")
-TTL_SECONDS = 120  # the Agent looks at Jobs once a minute; one that has gone by then cannot fail its run
+TTL = 120  # the Agent looks at Jobs once a minute; one that has gone by then cannot fail its run
 
 
 class CheckFailed(Exception):
     """What keeps the flow from running. It may end in " → REMEDY", which replaces the check's own remedy."""
-
-
-class Doubt(Exception):
-    """What may be as it should be, and cannot be seen from here."""
 
 
 def needs(part: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -60,7 +56,10 @@ def needs(part: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
 
 
 class Preflight:
-    """The checks: each returns what is fine or raises an exception, and may use what an earlier check has set."""
+    """The checks: each returns what is fine, or raises. A UserWarning is what cannot be seen from here.
+
+    A check may use what an earlier one has set.
+    """
 
     def __init__(self, namespace: str, account: str, project: str) -> None:
         self.namespace, self.project, here = namespace, project, f"--namespace {namespace}"
@@ -94,12 +93,8 @@ class Preflight:
             seen = str(error.summary())  # type: ignore[no-untyped-call]
             if error.status == 403 and (not body or path.endswith("accessreviews")):
                 raise PermissionError(seen) from None  # the user of the kubeconfig may not look
-            remedies = {
-                "violates PodSecurity": self.label,
-                "RuntimeClass": "have that installed, or another JOB_TEMPLATE",
-            }
-            remedies[""] = "use another NAMESPACE, or have that allowed"
-            remedy = next(remedy for words, remedy in remedies.items() if words in seen)
+            remedy = self.label if "violates PodSecurity" in seen else "use another NAMESPACE, or have that allowed"
+            remedy = "install its runtime, or use another JOB_TEMPLATE" if "RuntimeClass" in seen else remedy
             raise CheckFailed(seen if error.status in (400, 422) else f"{seen} → {remedy}") from None
 
     def _settings(self) -> str:
@@ -132,7 +127,9 @@ class Preflight:
 
     def _job(self) -> str:
         if path := self.settings.job_template_path:
-            raise Doubt(f"the Agent reads {path} at each run; give a copy of that file as JOB_TEMPLATE to check it")
+            raise UserWarning(
+                f"the Agent reads {path} at each run; give a copy of that file as JOB_TEMPLATE to check it"
+            )
         # what the Agent's own code needs of an Agent and of a run to render a Job
         image = {key: getattr(self.settings, key) for key in ("registry_url", "image_name", "image_tag")}
         flow = {"id": "preflight", "core_version": prefect.__version__, "storage": Docker(**image).serialize()}
@@ -143,15 +140,12 @@ class Preflight:
         dry_run = {"dryRun": "All", "fieldValidation": "Strict"}
         self.ask(f"/apis/batch/v1/{self.path}/jobs", job, **dry_run)
         # the pod, too: Pod Security, quotas and limits do not look at Jobs
-        self.pod = job["spec"]["template"]
-        metadata = {**self.pod["metadata"], "generateName": "preflight-"}
-        kept = {
-            name: metadata[name] for name in ("labels", "annotations", "finalizers", "generateName") if name in metadata
-        }
-        self.ask(f"/api/v1/{self.path}/pods", {**self.pod, "metadata": kept}, **dry_run)
-        if (seconds := job["spec"].get("ttlSecondsAfterFinished")) is not None and seconds < TTL_SECONDS:
+        pod = self.pod = job["spec"]["template"]
+        kept = {key: value for key, value in pod["metadata"].items() if key in ("labels", "annotations", "finalizers")}
+        self.ask(f"/api/v1/{self.path}/pods", {**pod, "metadata": {**kept, "generateName": "preflight-"}}, **dry_run)
+        if (seconds := job["spec"].get("ttlSecondsAfterFinished")) is not None and seconds < TTL:
             seen = f"ttlSecondsAfterFinished is {seconds}: a Job may go before the Agent has seen how it ended"
-            raise CheckFailed(f"{seen} → leave it out, or set {TTL_SECONDS} or more")
+            raise CheckFailed(f"{seen} → leave it out, or set {TTL} or more")
         return f"{self.namespace!r} admits the Job and its pod (a dry run; neither was created)"
 
     def _objects(self) -> str:
@@ -184,15 +178,15 @@ class Preflight:
             return f"none named {NAME}; it would configure the daemon: mirrors, MTU, log limits, certificates"
         data = found.get("data") or {}
         try:
-            options = {**json.loads(data.pop("daemon.json", "").strip() or "{}"), **data}
+            options = {**json.loads(data.pop("daemon.json", "").strip() or "{}")}
         except (TypeError, ValueError) as error:
             raise CheckFailed(f"the daemon.json of {NAME} is not a JSON object: {error}") from None
-        # dockerd does not start if a flag names what its configuration names; and the store must be the volume
+        # dockerd does not start if a flag names what its configuration names; and its store has to be the volume
         flags = json.dumps(self.settings.job_template)
-        taken = [name for name in options if re.search(rf"--{name.removesuffix('s')}s?[= \\\"]", flags)]
+        taken = [it for it in options if re.search(rf"--{re.escape(it.removesuffix('s'))}s?[= \\\"]", flags)]
         if wrong := sorted({*taken, *({"data-root"} & options.keys())}):
             raise CheckFailed(f"the daemon.json of {NAME} sets {', '.join(wrong)}, which the job template sets")
-        return f"{NAME} sets {', '.join(sorted(options)) or 'nothing'}"
+        return f"{NAME} sets {', '.join(sorted(options | data)) or 'nothing'}"
 
     def _secret(self) -> str:
         if (found := self.ask(f"/api/v1/{self.path}/secrets/{NAME}")) is None:
@@ -231,7 +225,7 @@ class Preflight:
         # an Agent takes the runs whose labels it has; without labels, runs without labels
         wanted = f"labels {', '.join(sorted(ours))}" if ours else "no labels (FLOW_LABELS)"
         if not any(ours <= labels and bool(ours) == bool(labels) for labels in alive):
-            raise Doubt(f"no Agent with {wanted} has asked for runs in the last 5 minutes")
+            raise UserWarning(f"no Agent with {wanted} has asked for runs in the last 5 minutes")
         return f"one with {wanted} asks for runs"
 
 
@@ -241,14 +235,12 @@ def main() -> None:
     outcomes: dict[str, str] = {}
     for name, check, wanted, remedy in Preflight(namespace, account, os.environ.get("PROJECT", "")).checks:
         blocked = " and the ".join(
-            need for need in wanted.split(", ") if outcomes.get(need, "fine") in ("wrong", "not checked", "unsure")
+            it for it in wanted.split(", ") if outcomes.get(it) not in (None, "fine", "forbidden")
         )
         try:
             outcome, text = ("not checked", f"because of the {blocked}") if blocked else ("fine", check())
-        except PermissionError as error:
-            outcome, text = "forbidden", str(error)
-        except Doubt as error:
-            outcome, text = "unsure", str(error)
+        except (PermissionError, UserWarning) as error:
+            outcome, text = "unsure" if isinstance(error, UserWarning) else "forbidden", str(error)
         except Exception as error:  # whatever a template, a kubeconfig or an answer holds: a line, not a traceback
             root = root_cause(error)
             outcome, text = "wrong", str(root) or type(root).__name__

@@ -49,9 +49,7 @@ def run(client: docker.DockerClient, **parameters: Any) -> State:
 
     run_id = str(uuid.uuid4())
     try:
-        state = flow.run(parameters=parameters, flow_run_id=run_id)
-        assert state is not None  # None is for flows with a schedule
-        return state
+        return flow.run(parameters=parameters, flow_run_id=run_id)  # type: ignore[return-value] # None: with a schedule
     finally:
         ours: dict[str, Any] = {"label": f"{LABEL}={run_id}"}
         for container in client.containers.list(all=True, filters=ours, ignore_removed=True):

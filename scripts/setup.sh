@@ -15,10 +15,7 @@ if [ -z "$python" ]; then
   exit 1
 fi
 
-if command -v flock >/dev/null; then # another `make` may be at it
-  exec 9<scripts/setup.sh
-  flock 9
-fi
+if command -v flock >/dev/null; then exec 9<scripts/setup.sh && flock 9; fi # another `make` may be at it
 export VIRTUAL_ENV=$PWD/.venv
 made() { [ ".venv/$1" -nt "requirements${2-}.txt" ] && [ ".venv/$1" -nt scripts/setup.sh ]; }
 

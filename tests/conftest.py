@@ -120,11 +120,11 @@ def have(client: docker.DockerClient, *images: str) -> None:
             client.images.pull(image)
 
 
-def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox") -> str:
+def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox", *changes: str) -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
     have(client, DAEMON)
     with container(client, DAEMON, ["-c", BUSYBOX], entrypoint=["sh"]) as found:
         found.wait()
         output = found.logs(stderr=False)
-    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin"])
+    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin", *changes])
     return name

@@ -14,10 +14,10 @@ RUN apt-get update \
     else apt-get install --yes --no-install-recommends docker.io; fi \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/*.log
 
-# The published image is Alpine: scripts must meet the shell and the tools that they will meet there. util-linux's are
-# only flock, which Debian's busybox lacks, and unshare, which the published image has for its --cgroup.
+# The published image is Alpine: scripts must meet the shell and the tools that they will meet there. Only flock
+# stays util-linux's, for Debian's busybox has none.
 # hadolint ignore=DL4005
-RUN busybox --install -s /usr/local/bin && ln -sf busybox /bin/sh && rm /usr/local/bin/unshare
+RUN busybox --install -s /usr/local/bin && ln -sf busybox /bin/sh
 
 COPY runc-drop-missing-caps dockerd-entrypoint.sh /usr/local/bin/
 # for `docker run --privileged` with Docker 20.10; newer ones ask for no more capabilities than there are

@@ -258,9 +258,18 @@ def small_image(engine: docker.DockerClient) -> str:
     return f"{registry.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
 
 
-@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers"])
+@pytest.fixture(scope="session")
+def gvisor(engine: docker.DockerClient) -> None:
+    """A node that has gVisor: the one that `make airgap` builds, or one that was given it as docs/gvisor.md says."""
+    if engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])[0] != 0:
+        pytest.skip("gvisor_sidecar: the node has no gVisor, see docs/gvisor.md")
+
+
+@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"])
 def template_name(request: pytest.FixtureRequest) -> str:
-    """Each template in turn, for tests of what all of them promise."""
+    """The templates in turn, for tests of what all promise."""
+    if request.param == "gvisor_sidecar":
+        request.getfixturevalue("gvisor")
     return str(request.param)
 
 

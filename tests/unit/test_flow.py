@@ -177,7 +177,7 @@ def test_valid_parameters(parameters: dict[str, Any]) -> None:
     ],
     ids=str,
 )
-def test_row_14_what_docker_cannot_hold_is_named_without_its_value(environment: dict[str, Any], named: str) -> None:
+def test_what_docker_cannot_hold_is_named_without_its_value(environment: dict[str, Any], named: str) -> None:
     fault = validate_parameters({"environment": environment})
     assert fault is not None
     assert fault.startswith("environment")
@@ -186,7 +186,7 @@ def test_row_14_what_docker_cannot_hold_is_named_without_its_value(environment: 
 
 
 @pytest.mark.parametrize("environment", ["PASSWORD=hunter2", 5, True], ids=str)
-def test_row_15_no_value_of_an_environment_is_shown(environment: Any) -> None:
+def test_no_value_of_an_environment_is_shown(environment: Any) -> None:
     fault = validate_parameters({"environment": environment})
     assert fault is not None
     assert "hunter2" not in fault
@@ -208,14 +208,14 @@ def test_row_15_no_value_of_an_environment_is_shown(environment: Any) -> None:
     ],
     ids=lambda parameters: next(iter(parameters)),
 )
-def test_row_15_messages_are_short(parameters: dict[str, Any]) -> None:
+def test_messages_are_short(parameters: dict[str, Any]) -> None:
     fault = validate_parameters(parameters)
     assert fault is not None
     assert len(fault) < 500
 
 
 @pytest.mark.parametrize("command", [True, 5, "['sh','-c','x']", '["sh", "-c", "x"]', ["sh", True], {"a": 1}], ids=str)
-def test_row_16_the_message_says_how_to_write_a_command(command: Any) -> None:
+def test_the_message_says_how_to_write_a_command(command: Any) -> None:
     assert HINT in str(validate_parameters({"command": command}))
 
 

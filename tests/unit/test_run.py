@@ -154,7 +154,7 @@ def test_without_an_engine_the_unit_tests_run(
     """`make test`, with one line on what is left out."""
     monkeypatch.setattr(engine, "find", lambda: None)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert cluster.tests() == ["tests/unit"]
+    assert cluster.testable() == ["tests/unit"]
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert "no Docker engine answers" in said
