@@ -1,12 +1,16 @@
-"""The Docker daemon that the tasks talk to: the connection, and what its errors mean."""
+"""The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,28 +18,28 @@ import docker
 import docker.utils
 import requests
 import urllib3
-from docker.errors import APIError, DockerException, InvalidConfigFile
+from docker.errors import APIError, DockerException, TLSParameterError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.parameters import abbreviated
+from flows.text import abbreviated
 
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 
 
-def unreachable(error: BaseException) -> bool:
-    """Whether the daemon did not answer, in contrast to an answer that is an error."""
+def unavailable(error: BaseException) -> bool:
+    """Whether the daemon may only be late: it, or what the connection needs, is not there, or it answers with a 5xx."""
     cause = error.__cause__ or error
     answered = isinstance(error, APIError) or (isinstance(cause, APIError) and cause.is_client_error())
-    return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError))
+    return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError))
 
 
 def error_message(error: Exception, docker_server_url: str) -> str:
     """Docker's own words, or why the daemon does not answer."""
     if isinstance(error, APIError):
         return str(error.explanation or error)
-    if not unreachable(error):
+    if not unavailable(error):
         return str(error)
     reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
     return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
@@ -48,11 +52,54 @@ def failure(message: str) -> signals.FAIL:
 
 @contextmanager
 def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
-    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why."""
+    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why.
+
+    So is a TypeError or a ValueError of the SDK's checks of arguments. Any other one is a bug, and stays as it is.
+    """
     try:
         yield
     except (*ERRORS, TypeError, ValueError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        of_the_sdk = frame.f_globals["__name__"].startswith("docker.") or "unexpected keyword argument" in str(error)
+        if not isinstance(error, ERRORS) and not of_the_sdk:
+            raise
         raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
+
+
+def load_config() -> tuple[dict[str, Any], list[str]]:
+    """Docker's configuration, with logins as kubelet and the Docker CLI read them, and what is wrong with it.
+
+    Left to itself, the SDK knows no login without ``auth``, and raises an error if one entry of many is broken.
+    """
+    path = find_config_file()
+    nothing: dict[str, Any] = {"auths": {"": {}}}  # if it is empty, the SDK reads the file once more
+    try:
+        config = json.loads(Path(str(path)).read_text()) if path else nothing
+        logins = dict(config.get("auths") or {})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        return nothing, [f"{path!r} is no valid Docker configuration ({error})"]
+    faults = []
+    for registry, login in logins.items():
+        try:
+            auth, name, token = (login.get(key) for key in ("auth", "username", "identitytoken"))
+            if auth == "" and not name and not token:
+                raise ValueError("auth is empty")
+            if auth:
+                text = "".join(auth.split())
+                text = base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode()
+                name, separator, login["password"] = text.partition(":")
+                if not separator:
+                    raise ValueError("auth holds no name and password")
+            if name:
+                auth = base64.b64encode(f"{name}:{login['password']}".encode()).decode()
+                logins[registry] = {**login, "auth": auth}
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            logins[registry] = {}
+            faults.append(f"the login for {registry!r} in {path!r} is left out ({error})")
+    return {**config, "auths": logins} if logins else config, faults
+
+
+docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]  # what the SDK reads it with
 
 
 def bypass_proxy(docker_server_url: str) -> None:
@@ -66,22 +113,22 @@ def bypass_proxy(docker_server_url: str) -> None:
                 os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
 
 
-def connect(docker_server_url: str, logger: Any = None) -> docker.APIClient:
-    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST.
-
-    With a logger, wait up to DAEMON_SECONDS for a daemon that is starting, and say so once.
-    """
+def connect(docker_server_url: str) -> docker.APIClient:
+    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST."""
     bypass_proxy(docker_server_url)
     tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
     options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
+    return docker.APIClient(**options)
+
+
+def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
+    """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
     deadline, waiting = time.monotonic() + DAEMON_SECONDS, False
     while True:
         try:
-            return docker.APIClient(**options)
-        except (AttributeError, InvalidConfigFile, LookupError, TypeError, ValueError) as error:
-            raise DockerException(f"{find_config_file()!r} is no valid Docker configuration ({error})") from None
+            return connect(docker_server_url)
         except DockerException as error:
-            if logger is None or not unreachable(error):
+            if not unavailable(error):
                 raise
             if time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"

@@ -13,12 +13,7 @@ import prefect
 from prefect.engine.state import Failed, State
 
 from flows.settings import is_image
-
-
-def abbreviated(text: str, length: int = 80) -> str:
-    """A text that is short enough for a message: its start and its end."""
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
+from flows.text import abbreviated
 
 
 def environment_strings(environment: Mapping[str, Any]) -> dict[str, str | None]:

@@ -9,30 +9,39 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Optional
 
 import docker
 import prefect
-from docker.errors import APIError, NotFound
+from docker.errors import DockerException, NotFound
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 
-from flows.daemon import ERRORS, connect, docker_errors_as_failures, error_message, failure, unreachable
-from flows.output import OUTPUT_GRACE_SECONDS, Watch
-from flows.parameters import abbreviated, environment_strings
-from flows.pull import Pull
+from flows.daemon import (
+    ERRORS,
+    connect,
+    docker_errors_as_failures,
+    error_message,
+    failure,
+    unavailable,
+    wait_for_daemon,
+)
+from flows.output import OUTPUT_GRACE_SECONDS, Watch, read
+from flows.parameters import environment_strings
+from flows.pull import Pull, retry_or_failure
 from flows.states import all_successful_or_first_failure
+from flows.text import abbreviated, without_nul
 
 PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
+LOG_SECONDS = 15  # how long GetContainerLogs waits for the output, and for each piece of it
 LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 
@@ -46,6 +55,11 @@ class _DockerTask(prefect.Task):
         super().__init__(*args, **kwargs)
 
 
+def _without_nul(record: logging.LogRecord) -> bool:
+    record.msg, record.args = without_nul(record.getMessage()), ()
+    return True
+
+
 def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``run``: the constructor's arguments are its defaults, and an error is a FAIL that says ``what``."""
 
@@ -57,6 +71,7 @@ def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..
             given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
             if not given[required]:
                 raise ValueError(f"{type(self).__name__}: {required} must be provided.")
+            self.logger.addFilter(_without_nul)
             with docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
 
@@ -85,23 +100,32 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
-        client = connect(docker_server_url, self.logger)
+        client = wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
         options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
         pull = Pull(client, options, self.logger.debug if stream_logs else lambda _: None)
         pull.start()
         pull.join(PROGRESS_SECONDS)
         while pull.is_alive():
-            silence, progress = time.monotonic() - pull.heard, f"Pulling {image}: {pull}"
+            silence, progress = time.monotonic() - pull.heard, str(pull)
             if silence >= PROGRESS_SECONDS:
                 progress += f"; nothing came for {silence:.0f} s"
             if silence >= PULL_SILENCE_SECONDS:
-                raise signals.FAIL(f"{progress}: the registry or the daemon hangs")
-            self.logger.info(progress)
+                pull.error = DockerException(f"{progress}: the registry or the daemon hangs")
+                break
+            self.logger.info(f"Pulling {image}: {progress}")
             pull.join(PROGRESS_SECONDS)
+        if pull.error and not isinstance(pull.error, ERRORS):
+            raise pull.error
         if pull.error:
             words = error_message(pull.error, docker_server_url)
-            raise pull.failure(f"Pulling {image}: {abbreviated(words, 500)}", pull.error, words)
+            transient, advice = pull.diagnosis(pull.error, words)
+            message = f"Pulling {image}: {abbreviated(words, 300)}{advice}"
+            with suppress(*ERRORS):
+                if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
+                    self.logger.warning(f"{message}; the run goes on with the image that the daemon has")
+                    return image
+            raise retry_or_failure(message, transient)
         if pull.login_fault:
             self.logger.warning(f"Pulling {image}: {pull.login_fault}")
         self.logger.info(f"{pull.outcome or image} ({time.monotonic() - started:.1f} s)")
@@ -111,8 +135,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
 class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON.
 
-    Where Docker's default log driver is json-file, the container gets the driver local: json-file breaks a character
-    that it cuts, at every 16 KiB of a line. A ``log_config`` in ``host_config`` is used as it is.
+    A restart policy is refused: WaitOnContainer could not tell an exit from a restart.
     """
 
     @_run("Creating the container", "image_name")
@@ -130,20 +153,21 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         extra_docker_kwargs: Options = None,
     ) -> str:
         """Create the container, and return its id."""
+        policy = (host_config or {}).get("restart_policy")
+        if isinstance(policy, dict) and policy.get("Name") not in (None, "", "no"):
+            words = f"host_config has the restart policy {policy['Name']!r}, but a run ends with its container"
+            raise failure(f"Creating the container: {words}; use Prefect's retries (max_retries)")
+        values: Any = environment
+        try:
+            if isinstance(environment, dict):
+                values = environment_strings(environment)
+            elif isinstance(environment, list):
+                environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
+        except ValueError as error:
+            raise failure(f"Creating the container: {error}") from None
         client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
         labels = extra.pop("labels", None) or {}
         labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
-        values: Any = environment
-        if isinstance(environment, dict):
-            values = environment_strings(environment)
-        elif isinstance(environment, list):
-            environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
-        with suppress(*ERRORS, LookupError):  # of an engine that does not say
-            if client.info()["LoggingDriver"] == "json-file":
-                # Docker 20.10 stops in the middle of the output when the driver starts a new file
-                limits = {"max-size": "1t"} if docker.utils.version_lt(client.api_version, "1.42") else {}
-                host_config = {"log_config": {"type": "local", "config": limits}, **(host_config or {})}
-        self.logger.debug(f"Creating a container from image {image_name}")
         container = client.create_container(
             image=image_name,
             name=container_name,
@@ -166,7 +190,6 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
     @_run("Starting the container", "container_id")
     def run(self, container_id: str = "", docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None) -> None:
         """Start the container."""
-        self.logger.debug(f"Starting container {container_id}")
         connect(docker_server_url).start(container=container_id, **(extra_docker_kwargs or {}))
         self.logger.debug(f"Started container {container_id}")
 
@@ -175,8 +198,8 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     """Wait on a container, and write its output to the run's logs while it runs.
 
     Prefect's task logs the output only after a failure, all at once and from memory, and leaves the container running
-    when it is interrupted. This task stops the container: on an interruption, on SIGTERM, and at ``time_limit``, the
-    seconds that the container may run from the start of the task.
+    when it is interrupted. This task stops the container: on an interruption, and at ``time_limit``, the seconds that
+    the container may run from the start of the task.
     """
 
     def __init__(self, *args: Any, time_limit: float | None = None, **kwargs: Any) -> None:
@@ -193,17 +216,22 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         time_limit: float | None = None,
     ) -> dict[str, Any]:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
-        self.logger.debug(f"Waiting on container {container_id}")
         client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
         try:
             config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
             watch = Watch(client, docker_server_url, container_id, config["Tty"], extra_docker_kwargs or {})
-            with self._stopped_if_interrupted(client, container_id, name, watch):
-                if not watch.log(self.logger, name, math.inf if time_limit is None else time_limit):
+            try:
+                if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
                     raise failure(f"{name} was stopped at its time limit of {time_limit} s")
-                if isinstance(watch.result, Exception) and unreachable(watch.result):
+                if isinstance(watch.result, Exception) and unavailable(watch.result):
                     raise watch.result  # here, so that a container that may still run is stopped
+            except BaseException:
+                self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
+                with suppress(*ERRORS):
+                    client.stop(container_id, timeout=STOP_GRACE_SECONDS)
+                watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
+                raise
             if isinstance(watch.result, Exception):
                 raise watch.result
             result = dict(watch.result)
@@ -229,34 +257,12 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             return {"Error": None, "StatusCode": int(event["Actor"]["Attributes"]["exitCode"])}
         raise error
 
-    @contextmanager
-    def _stopped_if_interrupted(
-        self, client: docker.APIClient, container_id: str, name: str, watch: Watch
-    ) -> Iterator[None]:
-        def terminate(*_: Any) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
-            raise failure(f"{name} was stopped because the flow's process got SIGTERM")
-
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
-        try:
-            yield
-        except BaseException:
-            self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
-            with suppress(*ERRORS):
-                client.stop(container_id, timeout=STOP_GRACE_SECONDS)
-            watch.log(self.logger, name, OUTPUT_GRACE_SECONDS)
-            raise
-        finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, previous)
-
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
-    """Get the end of a container's output: at most 1 MiB and 10,000 lines, or 2,000 of a TTY. A first line says so.
+    """Get the end of a container's output: at most 1 MiB and 10,000 lines. A first line says if there was more.
 
-    Prefect's task reads all of the output into memory. This task is Skipped if there is no container, no daemon, or no
-    output any more, as with ``auto_remove``. If no container was created, Prefect passes the error as its id.
+    Prefect's task reads all of the output into memory. This task is Skipped, with the reason, if no container was
+    created (Prefect passes the error as its id) or if Docker does not hand out its output.
     """
 
     @_run("Getting the logs", "container_id")
@@ -266,27 +272,23 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
-        self.logger.debug(f"Gathering logs from container {container_id}")
-        pieces, size = deque[bytes](), 0
+        pieces, lines, size, deadline = deque[bytes](), 0, 0, time.monotonic() + LOG_SECONDS
+        options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {}), "follow": 0}
         try:
             client = connect(docker_server_url)
             tty = client.inspect_container(container_id)["Config"]["Tty"] is True
-            lines = LOG_LINES // 5 if tty else LOG_LINES  # the SDK reads a stream of a TTY byte by byte: no stream then
-            options = {"tail": lines + 1, "stream": not tty, "follow": False, **(extra_docker_kwargs or {})}
-            output: Any = client.logs(container=container_id, **options)
-            for piece in output.splitlines(keepends=True) if isinstance(output, bytes) else output:
+            for _, piece in read(client, container_id, tty, LOG_SECONDS, **options):
                 pieces.append(piece)
                 size += len(piece)
-                while size - len(pieces[0]) > LOG_BYTES or len(pieces) > lines + 1:
+                lines += piece.count(b"\n") if tty else 1  # Docker breaks a long line, and counts it as many
+                while size - len(pieces[0]) > LOG_BYTES:
                     size -= len(pieces.popleft())
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the output did not end within {LOG_SECONDS} s")
         except ERRORS as error:
-            if unreachable(error) or (isinstance(error, APIError) and error.status_code in (404, 409)):
-                message = abbreviated(error_message(error, docker_server_url), 500)
-                raise signals.SKIP(f"No logs: {message}") from None
-            raise
-        self.logger.debug(f"Gathered logs from container {container_id}")
+            raise signals.SKIP(abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)) from None
         text = b"".join(pieces)
-        if len(pieces) <= lines and size <= LOG_BYTES:
+        if lines <= LOG_LINES and size <= LOG_BYTES:
             return text.decode(errors="replace")
         text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
         return f"[cut: the last {len(text):,} bytes follow]\n{text.decode(errors='replace')}"
