@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
 import re
@@ -52,54 +53,43 @@ def failure(message: str) -> signals.FAIL:
 
 @contextmanager
 def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
-    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why.
-
-    So is a TypeError or a ValueError of the SDK's checks of arguments. Any other one is a bug, and stays as it is.
-    """
+    """Turn an error of Docker, of the connection or of an argument into one FAIL: ``what`` failed, and why."""
     try:
         yield
     except (*ERRORS, TypeError, ValueError) as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         of_the_sdk = frame.f_globals["__name__"].startswith("docker.") or "unexpected keyword argument" in str(error)
-        if not isinstance(error, ERRORS) and not of_the_sdk:
-            raise
+        if not (isinstance(error, ERRORS) or of_the_sdk):
+            raise  # a bug
         raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
 
 
 def load_config() -> tuple[dict[str, Any], list[str]]:
-    """Docker's configuration, with logins as kubelet and the Docker CLI read them, and what is wrong with it.
-
-    Left to itself, the SDK knows no login without ``auth``, and raises an error if one entry of many is broken.
-    """
-    path = find_config_file()
-    nothing: dict[str, Any] = {"auths": {"": {}}}  # if it is empty, the SDK reads the file once more
+    """Docker's configuration, with its logins as kubelet and the Docker CLI read them, and what is wrong with it."""
+    path, faults = find_config_file(), []
     try:
-        config = json.loads(Path(str(path)).read_text()) if path else nothing
+        config = json.loads(Path(str(path)).read_text()) if path else {}
         logins = dict(config.get("auths") or {})
     except (AttributeError, OSError, TypeError, ValueError) as error:
-        return nothing, [f"{path!r} is no valid Docker configuration ({error})"]
-    faults = []
+        config, logins, faults = {}, {"": {}}, [f"{path!r} is no valid Docker configuration ({error})"]
     for registry, login in logins.items():
         try:
-            auth, name, token = (login.get(key) for key in ("auth", "username", "identitytoken"))
-            if auth == "" and not name and not token:
-                raise ValueError("auth is empty")
-            if auth:
-                text = "".join(auth.split())
-                text = base64.b64decode(text + "=" * (-len(text) % 4), validate=True).decode()
-                name, separator, login["password"] = text.partition(":")
-                if not separator:
-                    raise ValueError("auth holds no name and password")
+            name, password, auth = (login.get(key) or "" for key in ("username", "password", "auth"))
+            if auth := "".join(auth.split()):
+                text = base64.b64decode(auth + "=" * (-len(auth) % 4), validate=True).decode()
+                name, password = text.split(":", 1)
             if name:
-                auth = base64.b64encode(f"{name}:{login['password']}".encode()).decode()
-                logins[registry] = {**login, "auth": auth}
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+                logins[registry] = {**login, "auth": base64.b64encode(f"{name}:{password}".encode()).decode()}
+            elif "auth" in login and not login.get("identitytoken"):
+                raise ValueError
+        except (AttributeError, TypeError, ValueError):
             logins[registry] = {}
-            faults.append(f"the login for {registry!r} in {path!r} is left out ({error})")
+            faults.append(f"the login for {registry!r} in {path!r} is broken, and is left out")
     return {**config, "auths": logins} if logins else config, faults
 
 
-docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]  # what the SDK reads it with
+# The SDK's own reader knows no login without `auth`, and raises an error if one entry of many is broken.
+docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]
 
 
 def bypass_proxy(docker_server_url: str) -> None:
@@ -123,8 +113,8 @@ def connect(docker_server_url: str) -> docker.APIClient:
 
 def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
     """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
-    deadline, waiting = time.monotonic() + DAEMON_SECONDS, False
-    while True:
+    deadline = time.monotonic() + DAEMON_SECONDS
+    for attempt in itertools.count():
         try:
             return connect(docker_server_url)
         except DockerException as error:
@@ -133,7 +123,7 @@ def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
             if time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
                 raise DockerException(f"{message}; see its log (in a pod: of the container dind-daemon)") from None
-        if not waiting:
+        if attempt == 0:
             logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}")
-        waiting = True
         time.sleep(0.1)
+    raise AssertionError("unreachable")

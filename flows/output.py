@@ -24,6 +24,7 @@ from flows.daemon import error_message, unavailable
 
 FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
+READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
 UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
 # What may wait for that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB at once. Prefect then
 # sends the same logs again and again, and none after them.
@@ -34,20 +35,20 @@ LINE_LENGTH = 1 << 16  # a line is broken that is longer
 # Docker's numbers of the streams. SYSTEM carries what is wrong with the output itself.
 STDOUT, STDERR, SYSTEM = 1, 2, 3
 
+NOT_TAKEN = "Prefect's API takes no logs; the last lines are dropped"
 _HEADER = struct.Struct(">BxxxL")
 
 
 def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
-    """Take Docker's multiplexed stream apart: yield the number of the stream, and the bytes.
+    """Take Docker's multiplexed stream apart, wherever it is cut: yield the number of the stream, and the bytes.
 
-    The chunks may be cut anywhere. With a TTY, the stream is the container's output as it is.
+    With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
+    if tty:
+        yield from ((STDOUT, chunk) for chunk in chunks)
     buffer = b""
     for chunk in chunks:
-        if tty:
-            yield STDOUT, chunk
-            continue
         buffer, start = buffer + chunk, 0
         while len(buffer) - start >= _HEADER.size:
             stream, length = _HEADER.unpack_from(buffer, start)
@@ -59,14 +60,10 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
         buffer = buffer[start:]
 
 
-def read(
-    client: docker.APIClient, container_id: str, tty: bool, timeout: float | None = None, **params: Any
-) -> Iterator[tuple[int, bytes]]:
-    """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read.
-
-    ``timeout`` is for how many seconds the daemon may be silent.
-    """
+def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Iterator[tuple[int, bytes]]:
+    """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
+    timeout = None if params.get("follow") else READ_SECONDS
     response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout)
     try:
         response.raise_for_status()
@@ -80,7 +77,7 @@ def follow(
 ) -> Iterator[tuple[int, bytes]]:
     """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
 
-    A stream that ends earlier is said to, and followed by a new one of what comes then: no clock decides what is read.
+    After a stream that breaks, only new output is read: which of the old one was lost, no clock can tell.
     """
     params = {"follow": 1}
     for attempt in itertools.count(1):
@@ -89,8 +86,7 @@ def follow(
             for stream, data in output:
                 yield stream, b"output could not be read: " + data if stream == SYSTEM else data
             broken = False
-        # Docker reports the exit a little after the end of the stream
-        if exited.wait(min(attempt, 10)) and not broken:
+        if exited.wait(min(attempt, 10)) and not broken:  # Docker reports the exit a little after the end of the stream
             return
         yield SYSTEM, b"Docker ended the output too early; lines may be missing\n"
         params["tail"] = 0
@@ -108,32 +104,27 @@ class ProgressBar:
     """
 
     def __init__(self, client: docker.APIClient, container_id: str) -> None:
-        self._client, self._container_id = client, container_id
-        self._thread, self._wanted = threading.Thread(), False
-        self._lines: dict[int, bytes] = {}  # by stream, the line that has not ended
-        self._shown: list[tuple[int, str]] = []
+        self._client, self._container_id, self._wanted = client, container_id, False
+        self._thread, self._shown = threading.Thread(), list[tuple[int, str]]()
+        self._lines: dict[int, str] = {}  # by stream, the line that has not ended
 
     def changes(self, wanted: bool) -> list[tuple[int, str]]:
-        """Return the states that are new since the last call, with the number of the stream.
-
-        A thread reads the output while ``wanted`` is true.
-        """
+        """Return the states that are new since the last call. A thread reads the output while ``wanted`` is true."""
         self._wanted = wanted
         if wanted and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, daemon=True)
             self._thread.start()
-        lines = [(stream, line.decode(errors="replace").rstrip("\r")) for stream, line in list(self._lines.items())]
-        shown, self._shown = self._shown, [(stream, newest_state(line)) for stream, line in lines if "\r" in line]
+        shown, lines = self._shown, list(self._lines.items())
+        self._shown = [(stream, newest_state(line)) for stream, line in lines if "\r" in line.rstrip("\r")]
         return [state for state in self._shown if wanted and state not in shown]
 
     def _read(self) -> None:
         with suppress(Exception):  # follow() reports what is wrong
-            options: Any = {"stdout": True, "stderr": True, "stream": True, "logs": False, "demux": True}
-            pairs: Any = self._client.attach(self._container_id, **options)
+            pairs: Any = self._client.attach(self._container_id, stream=True, demux=True)
             for pair in itertools.takewhile(lambda _: self._wanted, pairs):
                 for stream, data in zip((STDOUT, STDERR), pair):
-                    line = self._lines.get(stream, b"") + (data or b"")
-                    self._lines[stream] = line.rpartition(b"\n")[2][-BLOCK:]
+                    line = self._lines.get(stream, "") + (data or b"").decode(errors="replace")
+                    self._lines[stream] = line.rpartition("\n")[2][-BLOCK:]
             pairs.close()
         self._lines.clear()
 
@@ -167,17 +158,12 @@ class Batch:
                 self._size += LOG_OVERHEAD  # of its record, and about that of its objects
             self._blocks[-1][1] += data
             self._size += len(data)
-        self.shrink(WAITING_BYTES)
-
-    def shrink(self, size: int) -> None:
-        """Drop blocks from the middle until the batch has at most a size, or one block."""
-        with self._lock:
-            while self._size > size and len(self._blocks) > 1:
+            while self._size > WAITING_BYTES and len(self._blocks) > 1:
                 middle = (len(self._blocks) - 1) // 2
-                _, data, dropped = self._blocks[middle]
+                _, old, dropped = self._blocks[middle]
                 del self._blocks[middle]
-                self._size -= len(data) + LOG_OVERHEAD
-                self._blocks[middle][2] = sum(filter(None, (dropped, self._blocks[middle][2]))) + data.count(b"\n")
+                self._size -= len(old) + LOG_OVERHEAD
+                self._blocks[middle][2] = (self._blocks[middle][2] or 0) + (dropped or 0) + old.count(b"\n")
 
     def take(self) -> list[tuple[int, str]]:
         """Take the oldest block: texts of whole lines, in order, each with the number of its stream."""
@@ -191,9 +177,9 @@ class Batch:
         if len(rest) > LINE_LENGTH:
             body, newline, rest = body + newline + rest, "\n", ""
         self._unfinished[stream] = rest
-        return texts + [(stream, "\n".join(map(newest_state, body.split("\n"))) if "\r" in body else body)] * len(
-            newline
-        )
+        if newline:
+            texts.append((stream, "\n".join(map(newest_state, body.split("\n"))) if "\r" in body else body))
+        return texts
 
     def rest(self) -> list[tuple[int, str]]:
         """Take the lines that have not ended."""
@@ -205,7 +191,7 @@ class Batch:
 class Watch:
     """A running container: one thread waits for its exit, another one reads its output."""
 
-    _handing_on = threading.Lock()  # of all containers of this process, which share Prefect's uploads
+    _handing_on = threading.Lock()  # one for all containers of this process: they share Prefect's uploads
 
     def __init__(
         self, client: docker.APIClient, docker_server_url: str, container_id: str, tty: bool, options: dict[str, Any]
@@ -241,40 +227,39 @@ class Watch:
 
     def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
-        deadline, last = time.monotonic() + seconds, math.inf
 
         def log(stream: int, text: str) -> None:
-            (logger.info if stream == STDOUT else logger.warning)(f"{name}: {text}" if stream == SYSTEM else text)
+            text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # PostgreSQL refuses NUL
+            (logger.info if stream == STDOUT else logger.warning)(text)
 
+        deadline, last = time.monotonic() + seconds, math.inf
         for flushes in itertools.count(1):
             over, exited, now = self._over.wait(FLUSH_SECONDS), self._exited.is_set(), time.monotonic()
             if exited and not over and now - self._heard > OUTPUT_GRACE_SECONDS:
-                self._batch.add(SYSTEM, b"Docker did not end the output after the exit; lines may be missing\n")
+                log(SYSTEM, "Docker did not end the output after the exit; lines may be missing")
                 self._over.set()
-                over = True
-            if over and now > (last := min(last, now + UPLOAD_SECONDS)):
-                self._batch.shrink(0)
-            room = self._hand_on(log, everything=now > last)
-            if over and not self._batch:
-                for stream, text in self._batch.rest():
-                    log(stream, text)
+            room = self._hand_on(log)
+            if over and (now > last or not self._batch):
+                for text in [*self._batch.rest(), *[(SYSTEM, NOT_TAKEN)] * bool(self._batch)]:
+                    log(*text)
                 return True
-            if flushes % 3 == 0:
-                for stream, text in self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES):
-                    log(stream, text)
             if over:
+                last = min(last, now + UPLOAD_SECONDS)
                 time.sleep(FLUSH_SECONDS)
             elif not exited and now > deadline:
                 return False
-        raise AssertionError
+            elif flushes % 3 == 0:
+                for text in self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES):
+                    log(*text)
+        raise AssertionError("unreachable")
 
-    def _hand_on(self, log: Callable[[int, str], None], everything: bool) -> int:
-        """Log output while the next upload has room, or all of it. Return how many bytes of room are left."""
+    def _hand_on(self, log: Callable[[int, str], None]) -> int:
+        """Log output while Prefect's next upload of logs has room; return how many bytes are left."""
         with self._handing_on:
             with LOG_MANAGER.queue.mutex:
                 waiting = [*LOG_MANAGER.pending_logs, *LOG_MANAGER.queue.queue]
             room = UPLOAD_BYTES - sum(map(as_sent, waiting))
-            while self._batch and (room > 0 or everything):
+            while self._batch and room > 0:
                 for stream, text in self._batch.take():
                     log(stream, text)
                     room -= as_sent(text) + LOG_OVERHEAD

@@ -19,7 +19,7 @@ from docker.utils.config import find_config_file
 from prefect.engine import signals
 
 from flows.daemon import failure, load_config, unavailable
-from flows.text import abbreviated, without_nul
+from flows.text import abbreviated
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 # Docker answers HTTP 200 before most errors come, so that its words decide, without the names of images and hosts.
@@ -62,14 +62,13 @@ class Pull(threading.Thread):
 
     def _login(self) -> dict[str, Any]:
         """The login that Docker's configuration has for the registry; none if its credential helper fails."""
-        config, faults = load_config()
-        login = None
+        (config, faults), login = load_config(), None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
                 registry, _ = docker.auth.resolve_repository_name(self._options["repository"])
                 login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
-        except Exception as error:  # of many types, and the pull itself finds what is wrong with a name
+        except Exception as error:  # of many types
             faults.append(f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}")
         self.login_fault = "; ".join(faults)
         return login or {}
@@ -94,27 +93,22 @@ class Pull(threading.Thread):
         layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
         return ", ".join([*layers, f"{sum(list(self._received.values())) / 1e6:.1f} MB received"])
 
-    def diagnosis(self, error: Exception, words: str) -> tuple[bool, str]:
-        """Whether an error is transient, and advice in brackets, if there is any. Docker's ``words`` decide."""
+    def signal(self, message: str, error: Exception, words: str) -> tuple[str, signals.PrefectStateSignal]:
+        """The message with advice, and RETRY after a transient error, FAIL after a permanent one or the last retry."""
         words = re.sub(_NAMES, " ", words[-2000:])
         overloaded = re.search(_OVERLOADED, words)
         permanent = None if overloaded else re.search(_PERMANENT, words)
-        refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
         kind, login = permanent and permanent.lastgroup, self._options.get("auth_config")
         if (kind == "login" and login) or (
             kind == "forbidden" and (login or ".dkr.ecr." in self._options["repository"])
         ):
             kind = "expired"
         advice = [_ADVICE.get(kind or ""), self.login_fault if kind == "login" else ""]
-        text = "; ".join(filter(None, advice))
-        return bool(overloaded) or not (permanent or refused), f" ({text})" if text else ""
-
-
-def retry_or_failure(message: str, transient: bool) -> signals.PrefectStateSignal:
-    """RETRY after a transient error, FAIL after a permanent one or the last retry."""
-    attempt = prefect.context.get("task_run_count", 1)
-    if not transient or attempt > len(PULL_RETRY_SECONDS):
-        return failure(message)
-    pause = PULL_RETRY_SECONDS[attempt - 1]
-    message = without_nul(f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s")
-    return signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause))
+        message += f" ({'; '.join(filter(None, advice))})" if any(advice) else ""
+        refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
+        attempt = prefect.context.get("task_run_count", 1)
+        if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):
+            return message, failure(message)
+        pause = PULL_RETRY_SECONDS[attempt - 1]
+        retry = abbreviated(f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s", 600)
+        return message, signals.RETRY(retry, start_time=pendulum.now("utc").add(seconds=pause))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import math
 import time
 from collections import deque
@@ -32,16 +31,15 @@ from flows.daemon import (
     unavailable,
     wait_for_daemon,
 )
-from flows.output import OUTPUT_GRACE_SECONDS, Watch, read
+from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
 from flows.parameters import environment_strings
 from flows.pull import Pull, retry_or_failure
 from flows.states import all_successful_or_first_failure
-from flows.text import abbreviated, without_nul
+from flows.text import abbreviated
 
 PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
-LOG_SECONDS = 15  # how long GetContainerLogs waits for the output, and for each piece of it
 LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 
@@ -55,11 +53,6 @@ class _DockerTask(prefect.Task):
         super().__init__(*args, **kwargs)
 
 
-def _without_nul(record: logging.LogRecord) -> bool:
-    record.msg, record.args = without_nul(record.getMessage()), ()
-    return True
-
-
 def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``run``: the constructor's arguments are its defaults, and an error is a FAIL that says ``what``."""
 
@@ -71,7 +64,6 @@ def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..
             given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
             if not given[required]:
                 raise ValueError(f"{type(self).__name__}: {required} must be provided.")
-            self.logger.addFilter(_without_nul)
             with docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
 
@@ -119,13 +111,12 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             raise pull.error
         if pull.error:
             words = error_message(pull.error, docker_server_url)
-            transient, advice = pull.diagnosis(pull.error, words)
-            message = f"Pulling {image}: {abbreviated(words, 300)}{advice}"
+            message, signal = pull.signal(f"Pulling {image}: {abbreviated(words, 300)}", pull.error, words)
             with suppress(*ERRORS):
                 if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
                     self.logger.warning(f"{message}; the run goes on with the image that the daemon has")
                     return image
-            raise retry_or_failure(message, transient)
+            raise signal
         if pull.login_fault:
             self.logger.warning(f"Pulling {image}: {pull.login_fault}")
         self.logger.info(f"{pull.outcome or image} ({time.monotonic() - started:.1f} s)")
@@ -153,33 +144,27 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         extra_docker_kwargs: Options = None,
     ) -> str:
         """Create the container, and return its id."""
-        policy = (host_config or {}).get("restart_policy")
+        policy = (host_config or {}).get("restart_policy") or {}
         if isinstance(policy, dict) and policy.get("Name") not in (None, "", "no"):
-            words = f"host_config has the restart policy {policy['Name']!r}, but a run ends with its container"
-            raise failure(f"Creating the container: {words}; use Prefect's retries (max_retries)")
-        values: Any = environment
+            words = f"the restart policy {policy['Name']!r} hides the container's exit; use Prefect's retries"
+            raise failure(f"Creating the container: host_config: {words}")
+        if isinstance(environment, list):
+            pairs = (str(item).partition("=") for item in environment)
+            environment = {name: value if separator else None for name, separator, value in pairs}
         try:
-            if isinstance(environment, dict):
-                values = environment_strings(environment)
-            elif isinstance(environment, list):
-                environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
+            environment = environment_strings(environment) if environment else None
         except ValueError as error:
             raise failure(f"Creating the container: {error}") from None
         client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
         labels = extra.pop("labels", None) or {}
-        labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
-        container = client.create_container(
-            image=image_name,
-            name=container_name,
-            command=command,
-            detach=detach,
-            entrypoint=entrypoint,
-            environment=values,
-            volumes=volumes,
-            host_config=None if host_config is None else client.create_host_config(**host_config),
-            labels={**labels, LABEL: prefect.context.get("flow_run_id", "")},
-            **extra,
-        )
+        labels = {
+            **(labels if isinstance(labels, dict) else dict.fromkeys(labels, "")),
+            LABEL: prefect.context.get("flow_run_id", ""),
+        }
+        extra.update(command=command, detach=detach, entrypoint=entrypoint, environment=environment, volumes=volumes)
+        if host_config is not None:
+            extra["host_config"] = client.create_host_config(**host_config)
+        container = client.create_container(image_name, name=container_name, labels=labels, **extra)
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
         return str(container["Id"])
 
@@ -272,19 +257,19 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
-        pieces, lines, size, deadline = deque[bytes](), 0, 0, time.monotonic() + LOG_SECONDS
+        pieces, lines, size, deadline = deque[bytes](), 0, 0, time.monotonic() + READ_SECONDS
         options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {}), "follow": 0}
         try:
             client = connect(docker_server_url)
             tty = client.inspect_container(container_id)["Config"]["Tty"] is True
-            for _, piece in read(client, container_id, tty, LOG_SECONDS, **options):
+            for _, piece in read(client, container_id, tty, **options):
                 pieces.append(piece)
                 size += len(piece)
                 lines += piece.count(b"\n") if tty else 1  # Docker breaks a long line, and counts it as many
                 while size - len(pieces[0]) > LOG_BYTES:
                     size -= len(pieces.popleft())
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"the output did not end within {LOG_SECONDS} s")
+                    raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
         except ERRORS as error:
             raise signals.SKIP(abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)) from None
         text = b"".join(pieces)
