@@ -17,7 +17,6 @@ from urllib.parse import quote
 
 import docker
 import requests
-from docker.errors import create_api_error_from_http_exception
 from prefect.utilities.logging import LOG_MANAGER, LOG_OVERHEAD
 
 from flows.daemon import error_message, unavailable
@@ -65,10 +64,7 @@ def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) 
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
     timeout = None if params.get("follow") else READ_SECONDS
     response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout)
-    try:
-        response.raise_for_status()
-    except requests.HTTPError as error:
-        create_api_error_from_http_exception(error)  # raises it
+    client._raise_for_status(response)  # type: ignore[attr-defined]
     return frames(response.iter_content(chunk_size=None), tty)
 
 
@@ -106,7 +102,7 @@ class ProgressBar:
     def __init__(self, client: docker.APIClient, container_id: str) -> None:
         self._client, self._container_id, self._wanted = client, container_id, False
         self._thread, self._shown = threading.Thread(), list[tuple[int, str]]()
-        self._lines: dict[int, str] = {}  # by stream, the line that has not ended
+        self._lines: dict[int, bytes] = {}  # by stream, the line that has not ended
 
     def changes(self, wanted: bool) -> list[tuple[int, str]]:
         """Return the states that are new since the last call. A thread reads the output while ``wanted`` is true."""
@@ -114,8 +110,8 @@ class ProgressBar:
         if wanted and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, daemon=True)
             self._thread.start()
-        shown, lines = self._shown, list(self._lines.items())
-        self._shown = [(stream, newest_state(line)) for stream, line in lines if "\r" in line.rstrip("\r")]
+        lines = [(stream, line.decode(errors="replace").rstrip("\r")) for stream, line in list(self._lines.items())]
+        shown, self._shown = self._shown, [(stream, newest_state(line)) for stream, line in lines if "\r" in line]
         return [state for state in self._shown if wanted and state not in shown]
 
     def _read(self) -> None:
@@ -123,8 +119,8 @@ class ProgressBar:
             pairs: Any = self._client.attach(self._container_id, stream=True, demux=True)
             for pair in itertools.takewhile(lambda _: self._wanted, pairs):
                 for stream, data in zip((STDOUT, STDERR), pair):
-                    line = self._lines.get(stream, "") + (data or b"").decode(errors="replace")
-                    self._lines[stream] = line.rpartition("\n")[2][-BLOCK:]
+                    line = self._lines.get(stream, b"") + (data or b"")
+                    self._lines[stream] = line.rpartition(b"\n")[2][-BLOCK:]
             pairs.close()
         self._lines.clear()
 

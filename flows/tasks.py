@@ -33,7 +33,7 @@ from flows.daemon import (
 )
 from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
 from flows.parameters import environment_strings
-from flows.pull import Pull, retry_or_failure
+from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
 from flows.text import abbreviated
 
@@ -53,20 +53,26 @@ class _DockerTask(prefect.Task):
         super().__init__(*args, **kwargs)
 
 
-def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate ``run``: the constructor's arguments are its defaults, and an error is a FAIL that says ``what``."""
+def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``run``: it takes the arguments of Prefect's task of that name, with the constructor's as defaults.
+
+    The first one is required. An error is a FAIL that says ``what`` failed.
+    """
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(run).parameters)[1:]
+        signature = inspect.signature(theirs.run)
+        ours = [each for each in inspect.signature(run).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        _, *names = (*signature.parameters, *(each.name for each in ours))
 
         @functools.wraps(run)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
-            if not given[required]:
-                raise ValueError(f"{type(self).__name__}: {required} must be provided.")
+            if not given[names[0]]:
+                raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
             with docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
 
+        method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore
         return method
 
     return decorate
@@ -80,14 +86,9 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
     retries transient errors (registry or daemon unreachable, 5xx, 429). Permanent errors fail at once.
     """
 
-    @_run("Pulling the image", "repository")
+    @_run("Pulling the image", prefect_docker.PullImage)
     def run(
-        self,
-        repository: str = "",
-        tag: str | None = None,
-        docker_server_url: str = SOCKET,
-        extra_docker_kwargs: Options = None,
-        stream_logs: bool = False,
+        self, repository: str, tag: Any, docker_server_url: str, extra_docker_kwargs: Options, stream_logs: bool
     ) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
@@ -129,42 +130,33 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     A restart policy is refused: WaitOnContainer could not tell an exit from a restart.
     """
 
-    @_run("Creating the container", "image_name")
+    @_run("Creating the container", prefect_docker.CreateContainer)
     def run(
-        self,
-        image_name: str = "",
-        container_name: str | None = None,
-        command: list[str] | str | None = None,
-        detach: bool = False,
-        entrypoint: list[str] | str | None = None,
-        environment: list[str] | dict[str, Any] | None = None,
-        volumes: str | list[str] | None = None,
-        docker_server_url: str = SOCKET,
-        host_config: Options = None,
-        extra_docker_kwargs: Options = None,
+        self, image_name: str, docker_server_url: str, host_config: Options, extra_docker_kwargs: Options, **rest: Any
     ) -> str:
         """Create the container, and return its id."""
         policy = (host_config or {}).get("restart_policy") or {}
         if isinstance(policy, dict) and policy.get("Name") not in (None, "", "no"):
             words = f"the restart policy {policy['Name']!r} hides the container's exit; use Prefect's retries"
             raise failure(f"Creating the container: host_config: {words}")
+        environment = rest["environment"] or {}
         if isinstance(environment, list):
             pairs = (str(item).partition("=") for item in environment)
-            environment = {name: value if separator else None for name, separator, value in pairs}
+            environment = {key: value if separator else None for key, separator, value in pairs}
         try:
-            environment = environment_strings(environment) if environment else None
+            rest["environment"] = environment_strings(environment)
         except ValueError as error:
             raise failure(f"Creating the container: {error}") from None
-        client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
-        labels = extra.pop("labels", None) or {}
+        rest["name"] = rest.pop("container_name")
+        labels = (extra_docker_kwargs or {}).get("labels") or {}
         labels = {
             **(labels if isinstance(labels, dict) else dict.fromkeys(labels, "")),
             LABEL: prefect.context.get("flow_run_id", ""),
         }
-        extra.update(command=command, detach=detach, entrypoint=entrypoint, environment=environment, volumes=volumes)
+        client = connect(docker_server_url)
         if host_config is not None:
-            extra["host_config"] = client.create_host_config(**host_config)
-        container = client.create_container(image_name, name=container_name, labels=labels, **extra)
+            rest["host_config"] = client.create_host_config(**host_config)
+        container = client.create_container(image_name, **{**rest, **(extra_docker_kwargs or {}), "labels": labels})
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
         return str(container["Id"])
 
@@ -172,8 +164,8 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
 class StartContainer(_DockerTask, prefect_docker.StartContainer):
     """Start a container. The task fails if Docker cannot start it, as when the image has no such command."""
 
-    @_run("Starting the container", "container_id")
-    def run(self, container_id: str = "", docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None) -> None:
+    @_run("Starting the container", prefect_docker.StartContainer)
+    def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: Options) -> None:
         """Start the container."""
         connect(docker_server_url).start(container=container_id, **(extra_docker_kwargs or {}))
         self.logger.debug(f"Started container {container_id}")
@@ -191,21 +183,22 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         self.time_limit = time_limit
         super().__init__(*args, **kwargs)
 
-    @_run("Waiting on the container", "container_id")
+    @_run("Waiting on the container", prefect_docker.WaitOnContainer)
     def run(
         self,
-        container_id: str = "",
-        docker_server_url: str = SOCKET,
-        raise_on_exit_code: bool = True,
-        extra_docker_kwargs: Options = None,
-        time_limit: float | None = None,
+        container_id: str,
+        docker_server_url: str,
+        raise_on_exit_code: bool,
+        *,
+        time_limit: Any = None,
+        **rest: Any,
     ) -> dict[str, Any]:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
         client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
         try:
             config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
-            watch = Watch(client, docker_server_url, container_id, config["Tty"], extra_docker_kwargs or {})
+            watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"] or {})
             try:
                 if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
                     raise failure(f"{name} was stopped at its time limit of {time_limit} s")
@@ -250,10 +243,8 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
     created (Prefect passes the error as its id) or if Docker does not hand out its output.
     """
 
-    @_run("Getting the logs", "container_id")
-    def run(
-        self, container_id: Any = None, docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None
-    ) -> str:
+    @_run("Getting the logs", prefect_docker.GetContainerLogs)
+    def run(self, container_id: Any, docker_server_url: str, extra_docker_kwargs: Options) -> str:
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
