@@ -41,7 +41,8 @@ NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.delenv("REQUESTS_CA_BUNDLE", raising=False)  # it would take the place of the daemon's
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # they would take the place of the daemon's certificates
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
     for name in ("no_proxy", "NO_PROXY"):  # set first, so that monkeypatch restores what connect() sets
         monkeypatch.setenv(name, "")
@@ -144,6 +145,7 @@ def test_certificates_that_come_later_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As with DOCKER_TLS_CERTDIR: the daemon makes them while the flow starts."""
+    monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 10)
     authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(server)
     with FakeDocker() as fake:
