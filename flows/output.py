@@ -46,6 +46,7 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
     """
     if tty:
         yield from ((STDOUT, chunk) for chunk in chunks)
+        return
     buffer = b""
     for chunk in chunks:
         buffer, start = buffer + chunk, 0

@@ -41,7 +41,6 @@ class FakeDocker(ThreadingHTTPServer):
         self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
         self.end: Iterable[Item] = []  # of the output, when it is asked for without "follow"
         self.logs: tuple[dict[str, str], int] | None = None  # an answer instead of output
-        self.attached: Iterable[Item] = []  # what an "attach" gives
         self.exited = threading.Event()
         self.exited.set()
         self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
@@ -101,12 +100,6 @@ class _Handler(BaseHTTPRequestHandler):
             self.stream(fake.streams.pop(0) if fake.streams else [])
         elif path == "/containers/logs":
             self.stream(fake.end)
-        elif path == "/containers/attach":
-            self.send_response(101)
-            self.end_headers()
-            for item in self.server.attached:
-                self.wfile.write(item) if isinstance(item, bytes) else item()
-            self.close_connection = True
         elif path == "/containers/stop":
             fake.exited.set()
             self.json(None, 204)

@@ -108,7 +108,7 @@ def numbered(count: int) -> list[str]:
     return [f"line {number:09}" for number in range(count)]
 
 
-@pytest.mark.parametrize("count", [10_000, 70_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("count", [10_000, 70_000, 100_000, 300_000])
 def test_the_middle_is_dropped_and_counted(count: int) -> None:
     batch, lines = Batch(), numbered(count)
     for line in lines:
@@ -150,7 +150,7 @@ def test_however_much_comes_memory_is_bounded(length: int, streams: tuple[int, .
     batch.add(OUT, b"first\n")
     tracemalloc.start()
     try:
-        for _ in range(40_000):
+        for _ in range(2 * WAITING_BYTES // (length + 300)):
             for stream in streams:
                 batch.add(stream, line)
         batch.add(OUT, b"last\n")
@@ -231,13 +231,20 @@ class _Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[API]:
+    """Uploads come every second, and output is handed on more often: as much as in five seconds in a run."""
     manager = LogManager()
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.1)
     monkeypatch.setattr("prefect.utilities.logging.LOG_MANAGER", manager)
     monkeypatch.setattr("flows.output.LOG_MANAGER", manager)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     with API() as api:
         threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        settings = {"backend": "server", "cloud.send_flow_run_logs": True, "cloud.api": f"http://{api.server_name}"}
+        settings: dict[str, Any] = {
+            "backend": "server",
+            "cloud.send_flow_run_logs": True,
+            "cloud.logging_heartbeat": 1,
+            "cloud.api": f"http://{api.server_name}",
+        }
         settings["cloud.api"] += f":{api.server_port}"
         with set_temporary_config(settings), prefect.context(running_with_backend=True, flow_run_id="r"):
             yield api
@@ -255,23 +262,15 @@ def flood(data: bytes, seconds: float, *last: Any) -> Iterator[Any]:
     yield from last
 
 
-LINES = {
-    "ASCII": b"x" * 1000,
-    "Cyrillic": ("ж" * 500).encode(),
-    "emoji": ("\U0001f40b" * 250).encode(),
-    "quotes": b'"' * 1000,
-    "empty": b"",
-    "NUL": b"\0" * 1000,
-}
+LINES = {"ASCII": b"x" * 1000, "Cyrillic": ("ж" * 500).encode(), "quotes": b'"' * 1000, "NUL": b"\0" * 1000}
 
 
-@pytest.mark.parametrize("alphabet", LINES)
+@pytest.mark.parametrize("alphabet", ["Cyrillic", "quotes", "NUL"])
 def test_an_upload_is_well_below_what_prefect_server_refuses(api: API, alphabet: str) -> None:
-    """Prefect uploads every 5 s: what gathers meanwhile, and what comes at the end."""
     api.up.set()
     with FakeDocker() as fake:
         fake.exited.clear()
-        fake.streams = [flood(LINES[alphabet] + b"\n", 7, fake.exited.set)]
+        fake.streams = [flood(LINES[alphabet] + b"\n", 2.5, fake.exited.set)]
         WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
     wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
     assert api.refused == []
@@ -281,13 +280,13 @@ def test_an_upload_is_well_below_what_prefect_server_refuses(api: API, alphabet:
     assert "lines dropped here" in output
 
 
-def test_two_containers_share_an_upload(api: API) -> None:
+def test_containers_share_an_upload(api: API) -> None:
     api.up.set()
 
     def run() -> None:
         with FakeDocker() as fake, prefect.context(context):
             fake.exited.clear()
-            fake.streams = [flood(LINES["Cyrillic"] + b"\n", 6, fake.exited.set)]
+            fake.streams = [flood(LINES["Cyrillic"] + b"\n", 2.5, fake.exited.set)]
             WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
 
     context = prefect.context.copy()
@@ -311,7 +310,7 @@ def test_an_api_that_is_down_while_the_container_writes(api: API, recwarn: pytes
             api.up.set()
             wait_for(lambda: api.messages, "the API takes logs")
 
-        fake.streams = [flood(LINES["ASCII"] + b"\n", 8, back, frame(1, b"after it\n"), fake.exited.set)]
+        fake.streams = [flood(LINES["ASCII"] + b"\n", 4, back, frame(1, b"after it\n"), fake.exited.set)]
         WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
     wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
     assert api.refused, "it was down"
@@ -319,19 +318,3 @@ def test_an_api_that_is_down_while_the_container_writes(api: API, recwarn: pytes
     output = "\n".join(api.messages)
     assert "lines dropped here" in output
     assert "after it" in output
-
-
-def test_a_progress_bar_with_nul(api: API, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.1)
-    api.up.set()
-    with FakeDocker() as fake:
-        fake.exited.clear()
-        fake.attached = [frame(1, b"\r 50%\0"), fake.exited.wait]
-
-        def seen() -> None:
-            wait_for(lambda: any("50%" in message for message in api.messages), "the bar is logged")
-
-        fake.streams = [[seen, fake.exited.set]]
-        WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
-    assert api.refused == []
-    assert " 50%\ufffd" in api.messages
