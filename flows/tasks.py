@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, Optional
+from typing import Any
 
 import docker
 import prefect
@@ -37,7 +37,7 @@ LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetC
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 
 SOCKET = "unix:///var/run/docker.sock"
-Options = Optional[dict[str, Any]]
+Options = dict[str, Any] | None
 
 
 class _DockerTask(prefect.Task):
@@ -133,11 +133,6 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
         labels = extra.pop("labels", None) or {}
         labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
-        values: Any = environment
-        if isinstance(environment, dict):
-            values = environment_strings(environment)
-        elif isinstance(environment, list):
-            environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
         with suppress(*ERRORS, LookupError):  # of an engine that does not say
             if client.info()["LoggingDriver"] == "json-file":
                 # Docker 20.10 stops in the middle of the output when the driver starts a new file
@@ -146,17 +141,15 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         self.logger.debug(f"Creating a container from image {image_name}")
         container = client.create_container(
             image=image_name,
-            name=container_name,
             command=command,
-            detach=detach,
-            entrypoint=entrypoint,
-            environment=values,
-            volumes=volumes,
+            environment=environment_strings(environment or {}),  # type: ignore[arg-type]
             host_config=None if host_config is None else client.create_host_config(**host_config),
             labels={**labels, LABEL: prefect.context.get("flow_run_id", "")},
-            **extra,
+            **{"name": container_name, "detach": detach, "entrypoint": entrypoint, "volumes": volumes, **extra},
         )
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
+        for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
+            self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
 
 

@@ -16,8 +16,9 @@ import docker
 import pytest
 from docker.models.containers import Container
 
-import scripts.engine
-from scripts.engine import DAEMON, REGISTRY_IMAGE, connect
+from scripts import engine as scripts_engine
+from scripts import registry
+from scripts.base import DAEMON, REGISTRY_IMAGE
 from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
@@ -87,12 +88,12 @@ def login(password: str = "password") -> dict[str, str]:
 @contextmanager
 def provided() -> Iterator[docker.DockerClient]:
     """This machine's Docker engine, with the images of the tests and a registry that has them."""
-    with scripts.engine.running() as client:
+    with scripts_engine.running() as client:
         registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
-        scripts.engine.registry(client, DAEMON, PREFECT, REGISTRY_IMAGE)
+        registry.start(client, DAEMON, PREFECT, REGISTRY_IMAGE)
         yield client
         if not registry_was_there:
-            scripts.engine.remove_ours(client)
+            scripts_engine.remove_ours(client)
 
 
 def set_up_before_workers(session: pytest.Session, set_up: Callable[[], AbstractContextManager[object]]) -> None:
@@ -105,7 +106,7 @@ def set_up_before_workers(session: pytest.Session, set_up: Callable[[], Abstract
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
-    with closing(connect(os.environ["DOCKER_HOST"])) if WORKER else provided() as client:
+    with closing(scripts_engine.connect(os.environ["DOCKER_HOST"])) if WORKER else provided() as client:
         yield client
         for left in client.containers.list(all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}):
             left.remove(force=True, v=True)

@@ -19,7 +19,7 @@ import docker
 from docker.errors import BuildError, ImageNotFound
 
 from flows.settings import PROJECT
-from scripts.engine import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
+from scripts.base import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
 
 HERE = Path(__file__).resolve().parent
 BASE = "docker-sidecar-airgap-base:bookworm"
@@ -79,12 +79,13 @@ def build(client: docker.DockerClient, name: str) -> None:
         folder = programs("docker", "--if-built", optional=True)  # `make run` need not wait for it
         _build(client, [name], "registry.Dockerfile", {"bin/registry": folder / "registry"} if folder else {})
     elif name == NODE:
-        kubernetes, engine, policy = (Path(f"{programs(it)}") for it in ("kubernetes", "docker", "network-policy"))
+        modules = ("kubernetes", "docker", "network-policy", "gvisor")
+        kubernetes, engine, policy, gvisor = (Path(f"{programs(it)}") for it in modules)
         files = {f"bin/{program}": kubernetes / program for program in CONTROL_PLANE_PROGRAMS}
         _build(client, control_plane_images(), "control-plane.Dockerfile", files)
         files = {f"bin/{program}": kubernetes / program for program in NODE_PROGRAMS}
         files |= {f"bin/{program}": engine / program for program in CONTAINERD_PROGRAMS}
-        files["bin/kube-router"] = policy / "kube-router"
+        files |= {f"bin/{path.name}": path for folder in (policy, gvisor) for path in folder.iterdir()}
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)
     else:

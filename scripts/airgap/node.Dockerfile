@@ -10,6 +10,7 @@ RUN apt-get update \
 COPY bin/ /usr/bin/
 COPY node/10-node.conflist /etc/cni/net.d/
 COPY node/containerd.toml /etc/containerd/config.toml
+COPY node/runsc.toml /etc/containerd/
 COPY node/init /usr/local/bin/
 # kind creates what is in the two manifests; the pods' network itself is /etc/cni/net.d
 # hadolint ignore=DL4006

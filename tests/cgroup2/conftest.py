@@ -13,7 +13,7 @@ import pytest
 
 import scripts.engine
 from flows.settings import PROJECT, load_job_template
-from scripts.engine import DAEMON
+from scripts.base import DAEMON
 from tests.cgroup2.machine import INNER, Node, built
 from tests.support.waiting import wait_for
 

@@ -13,10 +13,10 @@ from typing import Any
 import docker
 from docker.errors import ImageNotFound
 
-import scripts.engine
 from scripts.airgap import images
+from scripts.base import CACHE, DAEMON
 from scripts.cluster import DEFAULT_NODE
-from scripts.engine import CACHE, DAEMON
+from scripts.images import provide
 from tests.conftest import busybox
 
 INIT = Path(__file__).resolve().parent / "node"
@@ -35,11 +35,11 @@ KERNEL_OPTIONS = "console=ttyS1 root=/dev/nvme0n1 rw init=/node quiet panic=1 cg
 
 def built(client: docker.DockerClient) -> Path:
     """The folder with the machine's kernel and disk, kept until the images or these files change."""
-    scripts.engine.provide(client, DAEMON)
+    provide(client, DAEMON)
     try:
         node = client.images.get(images.NODE)
     except ImageNotFound:  # kind's own, from Docker Hub
-        scripts.engine.provide(client, DEFAULT_NODE)
+        provide(client, DEFAULT_NODE)
         node = client.images.get(DEFAULT_NODE)
     inputs = f"{node.id} {client.images.get(DAEMON).id}".encode() + INIT.read_bytes() + Path(__file__).read_bytes()
     ready = CACHE / "cgroup2" / hashlib.sha256(inputs).hexdigest()[:12]

@@ -18,7 +18,9 @@ from prefect.engine.state import State
 
 from flows import docker_sidecar
 from scripts import run
-from scripts.engine import DAEMON, REGISTRY_IMAGE, connect, registry_address
+from scripts.base import DAEMON, REGISTRY_IMAGE
+from scripts.engine import connect
+from scripts.registry import registry_address
 from tests.conftest import LABELS, PREFECT, WORKER, busybox, container, have, provided, set_up_before_workers
 from tests.support.waiting import wait_for
 

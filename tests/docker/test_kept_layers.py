@@ -11,7 +11,7 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from scripts.engine import DAEMON
+from scripts.base import DAEMON
 from tests.conftest import LABELS, tar
 from tests.docker.test_sidecar import end, sh
 from tests.support.waiting import wait_for
@@ -45,6 +45,7 @@ def start(engine: docker.DockerClient) -> Iterator[Start]:
             labels=LABELS,
             privileged=True,
             volumes={store.name: {"bind": "/store"}},
+            tmpfs={"/run/dind": ""},
         )
         started.append(container)
         for path, content in (files or {}).items():

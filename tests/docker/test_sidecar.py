@@ -11,7 +11,8 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from scripts.engine import DAEMON, push
+from scripts.base import DAEMON
+from scripts.registry import push
 from tests.conftest import LABELS, PREFECT, busybox, container, tar
 from tests.docker.conftest import Outcome, daemon_with_mirror
 from tests.support.waiting import wait_for

@@ -115,11 +115,11 @@ def test_configuration_and_private_image(
         "registry.example.com": registry,
     }
     readme("kubectl create configmap", instead)
-    command = "cat /sys/class/net/eth0/mtu"
+    command = "ip link show eth0"
     record = submit(template, image=private_image, command=command).reaches("Failed", "Success")
     assert "Secret docker-sidecar" in record.message
 
     readme("kubectl create secret", instead)
     run = submit(template, image=private_image, command=command)
     assert run.reaches("Failed", "Success").state == "Success", run.seen()
-    run.logged("1400")
+    run.logged("mtu 1400")

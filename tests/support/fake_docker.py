@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Union
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 ID = "c0ffee" * 10
-Item = Union[bytes, Callable[[], Any]]  # bytes to send, or something to do or to wait for before the next item
+Item = bytes | Callable[[], Any]  # bytes to send, or something to do or to wait for before the next item
 
 
 def frame(stream: int, data: bytes) -> bytes:

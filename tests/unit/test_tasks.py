@@ -18,18 +18,15 @@ import pendulum
 import prefect
 import pytest
 import requests
-from prefect import Client, Flow
+from prefect import Flow
 from prefect.engine import signals
-from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.state import Failed, Retrying
 from prefect.tasks import docker as prefect_docker
-from prefect.utilities.configuration import set_temporary_config
 
 from flows import tasks
 from flows.daemon import connect
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 from tests.support.fake_docker import ID, FakeDocker, frame
-from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
 NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
@@ -156,90 +153,6 @@ def test_a_daemon_that_refuses_is_not_waited_for(fake: FakeDocker, caplog: pytes
     with pytest.raises(signals.FAIL, match="denied by a plugin"):
         PullImage().run(repository="app:1", docker_server_url=fake.url)
     assert lines(caplog) == []
-
-
-# ---------------------------------------------------------------------------------------------- restart
-
-
-@pytest.fixture
-def api() -> Iterator[PrefectAPI]:
-    settings = {"backend": "server", "cloud.check_cancellation_interval": 0.1, "cloud.send_flow_run_logs": False}
-    with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
-        yield api
-    assert api.errors == []
-
-
-def execute(flow: Flow, run_id: str, fake: FakeDocker) -> None:
-    """Run a flow as the process in the pod does, on a daemon of its own."""
-    for name in NAMES:
-        flow.get_tasks(name)[0].docker_server_url = fake.url
-    with prefect.context(flow_run_id=run_id):
-        CloudFlowRunner(flow=flow).run()
-
-
-def registered(flow: Flow, api: PrefectAPI) -> str:
-    Client().create_project("demo")
-    flow_id = Client().register(flow, project_name="demo", build=False, no_url=True)
-    return api.create_flow_run(flow_id, parameters={"image": "app:1"})
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_restarted_run_runs_again_from_the_pull(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    fake.result = {"StatusCode": 3}
-    execute(flow, run.id, fake)
-    assert (run.state, run.task_states["PullImage-1"]) == ("Failed", "Success")
-    assert "exited with code 3" in run.message
-
-    api.restart(run.id)
-    assert run.task_states["PullImage-1"] == "Success"
-    with FakeDocker() as second:
-        execute(flow, run.id, second)
-        assert [request for request, _ in second.requests if request.startswith("POST")] == [
-            "POST /images/create",
-            "POST /containers/create",
-            "POST /containers/start",
-            "POST /containers/wait",
-        ]
-    assert run.state == "Success", str(run)
-    assert set(run.task_states.values()) == {"Success"}
-    assert len([line for line in lines(caplog) if "The run was restarted" in line]) == 1
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_run_that_is_retrying_goes_on(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A retry, also in a new pod, is no restart: nothing is reset."""
-    monkeypatch.setattr("flows.pull.PULL_RETRY_SECONDS", (0.1,))
-    run = api.flow_runs[registered(flow, api)]
-    fake.pull = iter([{"error": "received unexpected HTTP status: 503 Service Unavailable"}])
-    execute(flow, run.id, fake)
-    assert run.state == "Success", str(run)
-    pull = next(task_run for task_run in run.task_runs if task_run.task.slug == "PullImage-1")
-    assert [entry.state for entry in pull.states] == ["Pending", "Running", "Retrying", "Running", "Success"]
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_run_that_was_cancelled_stays_cancelled(flow: Flow, fake: FakeDocker, api: PrefectAPI) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    api.cancel(run.id)
-    execute(flow, run.id, fake)
-    assert run.state == "Cancelled"
-    assert fake.requests == []
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_a_failure_names_its_cause_once(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    fake.pull = [{"error": "manifest not found"}]
-    execute(flow, run.id, fake)
-    assert run.message == "Pulling app:1: manifest not found"
-    assert len([line for line in lines(caplog) if "not found" in line]) == 1
 
 
 # ------------------------------------------------------------------------------------------------- pull
