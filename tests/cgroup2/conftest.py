@@ -105,7 +105,7 @@ class Pod:
 
     def cgroup_of_sleeper(self) -> str:
         """The cgroup of the container that runs in the daemon, as the node sees it."""
-        return self.node.run("cut -d: -f3 /proc/$(pgrep -fx 'sleep 5000')/cgroup")
+        return self.node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
 
     def log(self) -> str:
         return self.node.run(f"tail -n 40 /var/log/pods/{self.name}/log")
