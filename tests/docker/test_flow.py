@@ -114,7 +114,11 @@ def test_image_not_found(flow_run: FlowRun, registry: Registry, name: str) -> No
     assert run.tasks["GetContainerLogs"].message == "No container was created, so there are no logs"
 
 
-def test_registry_down_then_up_again(flow_run: FlowRun, registry: Registry, image: str) -> None:
+def test_registry_down_then_up_again(
+    flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str
+) -> None:
+    with suppress(docker.errors.ImageNotFound):
+        daemon.images.remove(image)
     registry.container.stop(timeout=0)
     start = threading.Timer(1.5, registry.container.start)
     start.start()
