@@ -93,7 +93,7 @@ def run_daemon(engine: docker.DockerClient, network: Network, *arguments: str, *
     with container(
         engine,
         DAEMON,
-        ["dockerd", "--host=tcp://0.0.0.0:2375", "--tls=false", *arguments],
+        ["dockerd", "--host=tcp://0.0.0.0:2375", "--tls=false", "--log-driver=local", *arguments],
         environment={"DOCKER_TLS_CERTDIR": "", "DOCKER_HOST": "tcp://127.0.0.1:2375"},
         network=network.name,
         ports={"2375/tcp": ("127.0.0.1", None)},

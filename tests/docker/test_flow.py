@@ -16,7 +16,6 @@ import psutil
 import pytest
 from docker.models.containers import Container
 
-from flows import docker_sidecar
 from flows.tasks import LABEL, LOG_BYTES
 from tests.conftest import LABELS, PREFECT, busybox, login, private_registry
 from tests.docker.conftest import STORE, Outcome, Registry
@@ -114,7 +113,11 @@ def test_image_not_found(flow_run: FlowRun, registry: Registry, name: str) -> No
     assert run.tasks["GetContainerLogs"].message == "No container was created, so there are no logs"
 
 
-def test_registry_down_then_up_again(flow_run: FlowRun, registry: Registry, image: str) -> None:
+def test_registry_down_then_up_again(
+    flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str
+) -> None:
+    with suppress(docker.errors.ImageNotFound):
+        daemon.images.remove(image)
     registry.container.stop(timeout=0)
     start = threading.Timer(1.5, registry.container.start)
     start.start()
@@ -300,9 +303,10 @@ def test_unusual_output(flow_run: FlowRun, image: str, command: str, logged: str
     assert run.tasks["GetContainerLogs"].result == returned
 
 
-def test_tty(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(docker_sidecar.container_id, "extra_docker_kwargs", {"tty": True})
-    run = flow_run(image=image, command="sh -c 'test -t 1 && echo a terminal; echo error >&2'")
+def test_tty(flow_run: FlowRun, image: str) -> None:
+    run = flow_run(
+        image=image, command="sh -c 'test -t 1 && echo a terminal; echo error >&2'", extra_docker_kwargs={"tty": True}
+    )
     assert run.state.is_successful()
     assert run.output("INFO") == "a terminal\nerror"
     assert run.tasks["GetContainerLogs"].result == "a terminal\r\nerror\r\n"
@@ -461,11 +465,13 @@ def test_a_container_that_removes_itself(
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_a_long_line_is_whole(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tty: bool) -> None:
-    monkeypatch.setattr(docker_sidecar.container_id, "extra_docker_kwargs", {"tty": tty})
+def test_a_long_line_is_whole(flow_run: FlowRun, image: str, tty: bool) -> None:
     script = "i=0; while [ $i -lt 3000 ]; do printf %s $TEXT; i=$((i+1)); done"
     run = flow_run(
-        image=image, command=["sh", "-c", f"({script}) >/line; cat /line"], environment={"TEXT": "日本語の行"}
+        image=image,
+        command=["sh", "-c", f"({script}) >/line; cat /line"],
+        environment={"TEXT": "日本語の行"},
+        extra_docker_kwargs={"tty": tty},
     )
     assert run.output("INFO") == "日本語の行" * 3000
     assert run.tasks["GetContainerLogs"].result == "日本語の行" * 3000
