@@ -148,7 +148,7 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
             **{"name": container_name, "detach": detach, "entrypoint": entrypoint, "volumes": volumes, **extra},
         )
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
-        for warning in container["Warnings"] or ():  # such as a limit that the daemon cannot enforce
+        for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
             self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
 

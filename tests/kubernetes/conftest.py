@@ -333,9 +333,10 @@ class Run:
         self.wait(lambda: text in self.logs(), f"the run logs {text!r}", timeout)
 
     def container_writes(self, text: str) -> str:
-        """Wait until the container's output is in the run's logs, and return the name of the pod."""
-        self.wait(lambda: text in self.logs() or self.record.state == "Failed", f"the run logs {text!r}", 180)
-        assert text in self.logs(), self.seen()
+        """Wait until a line of the container is in the run's logs, and return the name of the pod."""
+        found = lambda: text in self.logs().splitlines()  # noqa: E731
+        self.wait(lambda: found() or self.record.state == "Failed", f"the run logs the line {text!r}", 180)
+        assert found(), self.seen()
         [pod] = self.namespace.pods(self.record.id)
         return str(pod.metadata.name)
 

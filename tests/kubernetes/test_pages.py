@@ -59,7 +59,8 @@ def own_flow(api: PrefectAPI, agent: str, namespace: Namespace, small_image: str
             end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
             source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
         source = source.replace('image_tag="1"', f'image_tag="{namespace.name}"')  # which the node has not pulled
-        register = example("register-own").replace("two_containers", module).replace("containers", module)
+        register = example("register-own").replace("--project containers", f"--project {module}")
+        register = register.replace("two_containers", module)
         environment = {**os.environ, **api.env, "FLOW_REGISTRY_URL": REGISTRY}
         environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         copy = example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT))
