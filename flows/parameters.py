@@ -14,12 +14,7 @@ from docker.constants import DEFAULT_DOCKER_API_VERSION as VERSION
 from prefect.engine.state import Failed, State
 
 from flows.settings import is_image
-
-
-def abbreviated(text: str, length: int = 80) -> str:
-    """A text that is short enough for a message: its start and its end."""
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
+from flows.text import abbreviated
 
 
 def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str, str | None]:

@@ -78,7 +78,7 @@ class Pod:
         }
         node.run("mkdir -p " + " ".join([*mounts.values(), pod["log_directory"]]))
         for name, config in (("pod", pod), ("container", container)):
-            node.run(f"echo {shlex.quote(json.dumps(config))} >/tmp/{name}.json")
+            node.run(f"printf %s {shlex.quote(json.dumps(config))} >/tmp/{name}.json")
         self.flow = ""
         if alive := mounts.get("/alive"):  # docker_sidecar's flow takes the lock before the daemon starts
             script = "exec 9>taking; flock 9; mv taking lock; exec sleep 6000"
@@ -88,32 +88,37 @@ class Pod:
         node.run(f"crictl -t 100s start {self.id}")
         if hook := daemon.get("lifecycle", {}).get("postStart"):
             self.exec(*hook["exec"]["command"])
-        answer = "sh", "-c", "docker version 2>&1 || true"
-        wait_for(lambda: "Server:" in self.exec(*answer), "dockerd answers", self.log, 240)
         node.run(f"cp /inner.tar {mounts['/workspace']}")
-        self.docker("load -i /workspace/inner.tar")
+        self.sh("until docker info >/dev/null 2>&1; do sleep 1; done; docker load -i /workspace/inner.tar")
+        self.sh(f"docker run --detach --name=sleeper --network=none {INNER} sleep 5000")
 
     def exec(self, *command: str) -> str:
-        return self.node.run(shlex.join(["crictl", "exec", self.id, *command]))
+        """Run a command in the daemon's container."""
+        try:
+            return self.node.run(shlex.join(["crictl", "exec", self.id, *command]))
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nThe daemon's log:\n{self.log()}") from None
 
-    def docker(self, arguments: str) -> str:
-        """Run the Docker client in the daemon's container."""
-        return self.node.run(f"crictl exec {self.id} docker {arguments}")
+    def sh(self, script: str) -> str:
+        """Run shell commands in the daemon's container, which has the Docker client."""
+        return self.exec("sh", "-euc", script)
+
+    def cgroup_of_sleeper(self) -> str:
+        """The cgroup of the container that runs in the daemon, as the node sees it."""
+        return self.node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
 
     def log(self) -> str:
         return self.node.run(f"tail -n 40 /var/log/pods/{self.name}/log")
 
-    def run(self, name: str, command: str, options: str = "") -> None:
-        self.docker(f"run --detach --name={name} --network=none {options} {INNER} {command}")
-
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = json.loads(self.node.run(f"crictl inspect {self.id}"))["status"]
-        return status
-
     def ended(self) -> tuple[int, str]:
         """The exit status of the daemon's container and the reason, when it has ended."""
-        wait_for(lambda: self.status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120)
-        return self.status()["exitCode"], self.status()["reason"]
+
+        def status() -> dict[str, Any]:
+            found: dict[str, Any] = json.loads(self.node.run(f"crictl inspect {self.id}"))["status"]
+            return found
+
+        wait_for(lambda: status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120)
+        return status()["exitCode"], status()["reason"]
 
     def stop(self) -> None:
         """End the run as the template has it: by the end of the flow, else by SIGTERM."""

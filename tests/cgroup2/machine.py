@@ -112,7 +112,7 @@ class Node:
         return line.rstrip("\n")
 
     def run(self, script: str) -> str:
-        """What shell commands on the node write, without the space around it. They must succeed within two minutes."""
+        """What shell commands on the node write, without the space around it. They must succeed within five minutes."""
         assert self.process.stdin
         self.process.stdin.write(base64.b64encode(f"set -eu\n{script}".encode()).decode() + "\n")
         self.process.stdin.flush()
