@@ -66,10 +66,7 @@ def _is_extra(extra: Any) -> bool:
 _PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "image": (lambda it: isinstance(it, str) and is_image(it), "an image reference (name, name:tag, …)"),
     "command": (_is_command, """a string, a list of words or null, as in --param command='["sh","-c","echo one"]'"""),
-    "environment": (
-        _is_environment,
-        """a mapping or list, as in --param environment='{"NAME":"value"}' or '["NAME"]'""",
-    ),
+    "environment": (_is_environment, """a mapping or a list, --param environment='{"NAME":"value"}' or '["NAME"]'"""),
     "host_config": (_is_host_config, """a mapping, as in --param host_config='{"mem_limit":"1g"}'"""),
     "extra_docker_kwargs": (_is_extra, """a mapping, as in --param extra_docker_kwargs='{"user":"1000"}'"""),
     "time_limit": (lambda it: type(it) in (int, float) and it > 0, "the seconds, as in --param time_limit=60"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import docker
@@ -17,7 +19,8 @@ from flows.settings import PROJECT
 from scripts import engine as setup
 from scripts import registry
 from scripts.base import ANSWER_SECONDS, LABELS, REGISTRY_IMAGE, SetupError
-from scripts.images import can_pull
+from scripts.base import PREFECT as ALL_PREFECT
+from scripts.images import can_pull, provide
 from tests.conftest import PREFECT, busybox
 from tests.docker.conftest import Daemon
 
@@ -49,6 +52,26 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out").read_text() == "from here\n"
+
+
+def test_a_base_image_with_a_user_of_its_own(engine: docker.DockerClient) -> None:
+    """As `prefect register` builds the flow's image."""
+    base, name = "docker-sidecar-tests:base-user", f"docker-sidecar-tests/{uuid.uuid4().hex[:8]}"
+    provide(engine, ALL_PREFECT[1])
+    text = f"FROM {ALL_PREFECT[1]}\nRUN useradd app\nUSER app\n"
+    engine.images.build(fileobj=io.BytesIO(text.encode()), tag=base, rm=True)
+    environment = {**os.environ, "FLOW_BASE_IMAGE": base, "FLOW_REGISTRY_URL": "localhost", "FLOW_IMAGE_NAME": name}
+    script = "from flows.docker_sidecar import flow; flow.storage.add_flow(flow); flow.storage.build(push=False)"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    flow = f"localhost/{name}:0.1.0"
+    try:
+        load = ["python", "-c", "from flows.docker_sidecar import flow; print(flow.name)"]
+        assert b"Docker sidecar example" in engine.containers.run(flow, load, user="1000", remove=True)
+    finally:
+        engine.images.remove(flow)
+        engine.images.remove(base)
 
 
 def test_a_dockerd_that_cannot_start_leaves_what_is_there(
