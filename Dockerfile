@@ -3,6 +3,9 @@
 ARG BASE_IMAGE=prefecthq/prefect:1.4.1-python3.10
 FROM ${BASE_IMAGE}
 
+# the base image may have another user; the job templates say who runs the flow
+# hadolint ignore=DL3002
+USER 0
 WORKDIR /opt/docker-sidecar
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt

@@ -1,12 +1,17 @@
-"""The Docker daemon that the tasks talk to: the connection, and what its errors mean."""
+"""The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
 
 from __future__ import annotations
 
+import base64
+import itertools
+import json
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,28 +19,28 @@ import docker
 import docker.utils
 import requests
 import urllib3
-from docker.errors import APIError, DockerException, InvalidConfigFile
+from docker.errors import APIError, DockerException, TLSParameterError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.parameters import abbreviated
+from flows.text import abbreviated
 
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 
 
-def unreachable(error: BaseException) -> bool:
-    """Whether the daemon did not answer, in contrast to an answer that is an error."""
+def unavailable(error: BaseException) -> bool:
+    """Whether the daemon may only be late: it, or what the connection needs, is not there, or it answers with a 5xx."""
     cause = error.__cause__ or error
     answered = isinstance(error, APIError) or (isinstance(cause, APIError) and cause.is_client_error())
-    return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError))
+    return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError))
 
 
 def error_message(error: Exception, docker_server_url: str) -> str:
     """Docker's own words, or why the daemon does not answer."""
     if isinstance(error, APIError):
         return str(error.explanation or error)
-    if not unreachable(error):
+    if not unavailable(error):
         return str(error)
     reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
     return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
@@ -48,11 +53,43 @@ def failure(message: str) -> signals.FAIL:
 
 @contextmanager
 def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
-    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why."""
+    """Turn an error of Docker, of the connection or of an argument into one FAIL: ``what`` failed, and why."""
     try:
         yield
     except (*ERRORS, TypeError, ValueError) as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        of_the_sdk = frame.f_globals["__name__"].startswith("docker.") or "unexpected keyword argument" in str(error)
+        if not (isinstance(error, ERRORS) or of_the_sdk):
+            raise  # a bug
         raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
+
+
+def load_config() -> tuple[dict[str, Any], list[str]]:
+    """Docker's configuration, with its logins as kubelet and the Docker CLI read them, and what is wrong with it."""
+    path, faults = find_config_file(), []
+    try:
+        config = json.loads(Path(str(path)).read_text()) if path else {}
+        logins = dict(config.get("auths") or {})
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        config, logins, faults = {}, {"": {}}, [f"{path!r} is no valid Docker configuration ({error})"]
+    for registry, login in logins.items():
+        try:
+            name, password, auth = (login.get(key) or "" for key in ("username", "password", "auth"))
+            if auth := "".join(auth.split()):
+                text = base64.b64decode(auth + "=" * (-len(auth) % 4), validate=True).decode()
+                name, password = text.split(":", 1)
+            if name:
+                logins[registry] = {**login, "auth": base64.b64encode(f"{name}:{password}".encode()).decode()}
+            elif "auth" in login and not login.get("identitytoken"):
+                raise ValueError
+        except (AttributeError, TypeError, ValueError):
+            logins[registry] = {}
+            faults.append(f"the login for {registry!r} in {path!r} is broken, and is left out")
+    return {**config, "auths": logins} if logins else config, faults
+
+
+# The SDK's own reader knows no login without `auth`, and raises an error if one entry of many is broken.
+docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]
 
 
 def bypass_proxy(docker_server_url: str) -> None:
@@ -66,27 +103,27 @@ def bypass_proxy(docker_server_url: str) -> None:
                 os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
 
 
-def connect(docker_server_url: str, logger: Any = None) -> docker.APIClient:
-    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST.
-
-    With a logger, wait up to DAEMON_SECONDS for a daemon that is starting, and say so once.
-    """
+def connect(docker_server_url: str) -> docker.APIClient:
+    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST."""
     bypass_proxy(docker_server_url)
     tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
     options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
-    deadline, waiting = time.monotonic() + DAEMON_SECONDS, False
-    while True:
+    return docker.APIClient(**options)
+
+
+def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
+    """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
+    deadline = time.monotonic() + DAEMON_SECONDS
+    for attempt in itertools.count():
         try:
-            return docker.APIClient(**options)
-        except (AttributeError, InvalidConfigFile, LookupError, TypeError, ValueError) as error:
-            raise DockerException(f"{find_config_file()!r} is no valid Docker configuration ({error})") from None
+            return connect(docker_server_url)
         except DockerException as error:
-            if logger is None or not unreachable(error):
+            if not unavailable(error):
                 raise
             if time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
                 raise DockerException(f"{message}; see its log (in a pod: of the container dind-daemon)") from None
-        if not waiting:
+        if attempt == 0:
             logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}")
-        waiting = True
         time.sleep(0.1)
+    raise AssertionError("unreachable")

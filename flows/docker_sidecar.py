@@ -15,7 +15,7 @@ from prefect.triggers import always_run
 
 from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
-from flows.states import fail_with_cause, start_over_after_restart
+from flows.states import fail_with_cause, handle_pod_lifecycle
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
@@ -25,6 +25,7 @@ image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
 environment = Parameter("environment", default=None)
 host_config = Parameter("host_config", default=None)  # https://docker-py.readthedocs.io, create_host_config()
+extra_docker_kwargs = Parameter("extra_docker_kwargs", default=None)  # the same, create_container()
 time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
 
 pull_image = PullImage(docker_server_url=docker_server_url)
@@ -35,13 +36,14 @@ get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_
 
 with Flow(
     "Docker sidecar example",
-    state_handlers=[fail_on_invalid_parameters, start_over_after_restart],
+    state_handlers=[fail_on_invalid_parameters, handle_pod_lifecycle],
     terminal_state_handler=fail_with_cause,
 ) as flow:
     pulled = pull_image(repository=image)
     container_id = create_container(
-        image_name=image, command=command, environment=environment, host_config=host_config, upstream_tasks=[pulled]
-    )
+        image_name=image, command=command, environment=environment, host_config=host_config,
+        extra_docker_kwargs=extra_docker_kwargs, upstream_tasks=[pulled],
+    )  # fmt: skip
     started = start_container(container_id=container_id)
     # upstream_tasks: they run first, and hand on no result
     status_code = wait_on_container(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
@@ -50,7 +52,9 @@ with Flow(
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.
 flow.set_reference_tasks([status_code, logs])
 
-flow.run_config = KubernetesRun(job_template=settings.job_template)
+flow.run_config = KubernetesRun(
+    job_template=settings.job_template, job_template_path=settings.job_template_path, labels=settings.labels
+)
 # The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
 flow.storage = Docker(
     registry_url=settings.registry_url,

@@ -4,44 +4,51 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import json
+import math
 import struct
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
 import docker
 import requests
-from docker.errors import create_api_error_from_http_exception
+from prefect.utilities.logging import LOG_MANAGER, LOG_OVERHEAD
 
-from flows.daemon import ERRORS, error_message, unreachable
+from flows.daemon import error_message, unavailable
 
 FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
-HEAD, TAIL = 1 << 18, 1 << 17  # what a batch keeps from its beginning and from its end: characters
-LINE_COST = 128  # a line counts as so many characters more, so that short lines are bounded too
-LINE_LENGTH = 1 << 16  # a longer line is broken
-END = 1 << 12  # how much of the end of the output is compared with what Docker has, to know that nothing is missing
+READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
+UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
+# What may wait for that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB at once. Prefect then
+# sends the same logs again and again, and none after them.
+UPLOAD_BYTES = 2_500_000
+WAITING_BYTES = 5 << 18  # of output that waits here; more is dropped, from the middle
+BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
+LINE_LENGTH = 1 << 16  # a line is broken that is longer
 # Docker's numbers of the streams. SYSTEM carries what is wrong with the output itself.
 STDOUT, STDERR, SYSTEM = 1, 2, 3
 
+NOT_TAKEN = "Prefect's API takes no logs; the last lines are dropped"
 _HEADER = struct.Struct(">BxxxL")
 
 
 def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
-    """Take Docker's multiplexed stream apart: yield the number of the stream, and the bytes.
+    """Take Docker's multiplexed stream apart, wherever it is cut: yield the number of the stream, and the bytes.
 
-    The chunks may be cut anywhere. With a TTY, the stream is the container's output as it is.
+    With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
+    if tty:
+        yield from ((STDOUT, chunk) for chunk in chunks)
+        return
     buffer = b""
     for chunk in chunks:
-        if tty:
-            yield STDOUT, chunk
-            continue
         buffer, start = buffer + chunk, 0
         while len(buffer) - start >= _HEADER.size:
             stream, length = _HEADER.unpack_from(buffer, start)
@@ -56,11 +63,9 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
 def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Iterator[tuple[int, bytes]]:
     """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
-    response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True)
-    try:
-        response.raise_for_status()
-    except requests.HTTPError as error:
-        create_api_error_from_http_exception(error)  # raises it
+    timeout = None if params.get("follow") else READ_SECONDS
+    response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout)
+    client._raise_for_status(response)  # type: ignore[attr-defined]
     return frames(response.iter_content(chunk_size=None), tty)
 
 
@@ -69,32 +74,19 @@ def follow(
 ) -> Iterator[tuple[int, bytes]]:
     """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
 
-    A stream that ends earlier is opened again.
+    After a stream that breaks, only new output is read: which of the old one was lost, no clock can tell.
     """
-    params: dict[str, Any] = {"follow": 1}
-    end, heard = b"", 0.0
+    params = {"follow": 1}
     for attempt in itertools.count(1):
-        last_time = attempt > 1 and exited.is_set()
-        output = read(client, container_id, tty, **params)
-        with suppress(requests.RequestException):  # a connection that breaks is another way for the stream to end
+        output, broken = read(client, container_id, tty, **params), True
+        with suppress(requests.RequestException):
             for stream, data in output:
-                end, heard = (end + data)[-END:], time.time()
                 yield stream, b"output could not be read: " + data if stream == SYSTEM else data
-        # Docker reports the exit a little after the end of the stream
-        if exited.wait(min(attempt, 10)) and (last_time or is_end(client, container_id, tty, end)):
+            broken = False
+        if exited.wait(min(attempt, 10)) and not broken:  # Docker reports the exit a little after the end of the stream
             return
-        yield SYSTEM, b"Docker ended the output too early; lines may be missing or come twice\n"
-        params = {"follow": 1, **({"tail": 1000} if exited.is_set() else {"since": f"{heard:.9f}"})}
-
-
-def is_end(client: docker.APIClient, container_id: str, tty: bool, end: bytes) -> bool:
-    """Whether a container's output ends with ``end``, the last END bytes. True if Docker cannot say."""
-    last = b""
-    with suppress(*ERRORS):
-        for _, data in read(client, container_id, tty, tail=100):
-            last = (last + data)[-END:]
-        return end.endswith(last)
-    return True
+        yield SYSTEM, b"Docker ended the output too early; lines may be missing\n"
+        params["tail"] = 0
 
 
 def newest_state(line: str) -> str:
@@ -109,16 +101,12 @@ class ProgressBar:
     """
 
     def __init__(self, client: docker.APIClient, container_id: str) -> None:
-        self._client, self._container_id = client, container_id
-        self._thread, self._wanted = threading.Thread(), False
+        self._client, self._container_id, self._wanted = client, container_id, False
+        self._thread, self._shown = threading.Thread(), list[tuple[int, str]]()
         self._lines: dict[int, bytes] = {}  # by stream, the line that has not ended
-        self._shown: list[tuple[int, str]] = []
 
     def changes(self, wanted: bool) -> list[tuple[int, str]]:
-        """Return the states that are new since the last call, with the number of the stream.
-
-        A thread reads the output while ``wanted`` is true.
-        """
+        """Return the states that are new since the last call. A thread reads the output while ``wanted`` is true."""
         self._wanted = wanted
         if wanted and not self._thread.is_alive():
             self._thread = threading.Thread(target=self._read, daemon=True)
@@ -129,80 +117,78 @@ class ProgressBar:
 
     def _read(self) -> None:
         with suppress(Exception):  # follow() reports what is wrong
-            options: Any = {"stdout": True, "stderr": True, "stream": True, "logs": False, "demux": True}
-            pairs: Any = self._client.attach(self._container_id, **options)
+            pairs: Any = self._client.attach(self._container_id, stream=True, demux=True)
             for pair in itertools.takewhile(lambda _: self._wanted, pairs):
                 for stream, data in zip((STDOUT, STDERR), pair):
                     line = self._lines.get(stream, b"") + (data or b"")
-                    self._lines[stream] = line.rpartition(b"\n")[2][-LINE_LENGTH:]
+                    self._lines[stream] = line.rpartition(b"\n")[2][-BLOCK:]
             pairs.close()
         self._lines.clear()
 
 
-class Batch:
-    """Lines of output between two flushes, with a limit on how many there can be.
+def as_sent(value: Any) -> int:
+    """How many bytes of an upload a text or a record is: Prefect encodes JSON twice, in ASCII."""
+    text = json.dumps(value)
+    return len(text) + text.count('"') + text.count("\\")
 
-    If a container writes faster than Prefect's API can read, lines are dropped from the middle of a batch, and the
-    batch says how many. One thread adds, another one takes.
+
+class Batch:
+    """Output that waits for the run's logs, in blocks: [stream, bytes, lines that were dropped before it, or None].
+
+    If a container writes faster than Prefect's API takes logs, blocks are dropped from the middle. One thread adds,
+    another one takes.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._size, self._blocks = threading.Lock(), 0, deque[list[Any]]()
         self._decoders: dict[int, Any] = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))
         self._unfinished: dict[int, str] = defaultdict(str)  # by stream, the line that has not ended
-        self._clear()
 
-    def _clear(self) -> None:
-        self._head: list[tuple[int, str]] = []
-        self._tail: deque[tuple[int, str]] = deque()
-        self._head_size = self._tail_size = self._dropped = 0
+    def __bool__(self) -> bool:
+        return bool(self._blocks)
 
     def add(self, stream: int, data: bytes) -> None:
         """Add output of a stream."""
         with self._lock:
-            *lines, rest = (self._unfinished[stream] + self._decoders[stream].decode(data)).split("\n")
-            for line in lines:
-                self._add_line(stream, newest_state(line))
-            rest = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # older states of a progress bar are not kept
-            while len(rest) > LINE_LENGTH:
-                self._add_line(stream, rest[:LINE_LENGTH])
-                rest = rest[LINE_LENGTH:]
-            self._unfinished[stream] = rest
+            if not self._blocks or self._blocks[-1][0] != stream or len(self._blocks[-1][1]) >= BLOCK:
+                self._blocks.append([stream, bytearray(), None])
+                self._size += LOG_OVERHEAD  # of its record, and about that of its objects
+            self._blocks[-1][1] += data
+            self._size += len(data)
+            while self._size > WAITING_BYTES and len(self._blocks) > 1:
+                middle = (len(self._blocks) - 1) // 2
+                _, old, dropped = self._blocks[middle]
+                del self._blocks[middle]
+                self._size -= len(old) + LOG_OVERHEAD
+                self._blocks[middle][2] = (self._blocks[middle][2] or 0) + (dropped or 0) + old.count(b"\n")
 
-    def _add_line(self, stream: int, line: str) -> None:
-        for start in range(0, len(line) or 1, LINE_LENGTH):
-            piece = line[start : start + LINE_LENGTH]
-            if not self._tail and self._head_size < HEAD:
-                self._head.append((stream, piece))
-                self._head_size += len(piece) + LINE_COST
-                continue
-            self._tail.append((stream, piece))
-            self._tail_size += len(piece) + LINE_COST
-            while self._tail_size > TAIL:
-                self._tail_size -= len(self._tail.popleft()[1]) + LINE_COST
-                self._dropped += 1
-
-    def take(self, last: bool = False) -> list[tuple[int, str]]:
-        """Take the lines that have ended since the last flush; at the ``last`` one, the unfinished ones too.
-
-        Returns texts of one or more lines, in order, each with the number of its stream.
-        """
+    def take(self) -> list[tuple[int, str]]:
+        """Take the oldest block: texts of whole lines, in order, each with the number of its stream."""
         with self._lock:
-            for stream, rest in self._unfinished.items() if last else ():
-                if rest := newest_state(rest + self._decoders[stream].decode(b"", final=True)):
-                    self._add_line(stream, rest)
-                self._unfinished[stream] = ""
-            lines, tail, dropped = self._head, self._tail, self._dropped
-            self._clear()
-        if dropped:
-            lines.append((lines[-1][0], f"[{dropped:,} lines dropped here: too many for the run's logs]"))
-        groups = itertools.groupby([*lines, *tail], key=lambda line: line[0])
-        # PostgreSQL, where Prefect keeps the logs, refuses an upload with NUL in it.
-        return [(stream, "\n".join(line for _, line in group).replace("\0", "\ufffd")) for stream, group in groups]
+            stream, data, dropped = self._blocks.popleft()
+            self._size -= len(data) + LOG_OVERHEAD
+        note = f"[{dropped or 0:,} lines dropped here: too many for the run's logs]"
+        texts = [] if dropped is None else [*self.rest(), (stream, note)]
+        body, newline, rest = (self._unfinished[stream] + self._decoders[stream].decode(data)).rpartition("\n")
+        rest = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # older states of a progress bar are not kept
+        if len(rest) > LINE_LENGTH:
+            body, newline, rest = body + newline + rest, "\n", ""
+        self._unfinished[stream] = rest
+        if newline:
+            texts.append((stream, "\n".join(map(newest_state, body.split("\n"))) if "\r" in body else body))
+        return texts
+
+    def rest(self) -> list[tuple[int, str]]:
+        """Take the lines that have not ended."""
+        ends = {stream: decoder.decode(b"", final=True) for stream, decoder in self._decoders.items()}
+        texts = [(stream, newest_state(self._unfinished.pop(stream, "") + end)) for stream, end in ends.items()]
+        return [(stream, text) for stream, text in texts if text]
 
 
 class Watch:
     """A running container: one thread waits for its exit, another one reads its output."""
+
+    _handing_on = threading.Lock()  # one for all containers of this process: they share Prefect's uploads
 
     def __init__(
         self, client: docker.APIClient, docker_server_url: str, container_id: str, tty: bool, options: dict[str, Any]
@@ -217,7 +203,7 @@ class Watch:
                 self.result = client.wait(container=container_id, **options)
             except Exception as error:
                 self.result = error
-                if unreachable(error):  # whether the container runs is not known, so nothing is waited for
+                if unavailable(error):  # whether the container runs is not known, so nothing is waited for
                     self._over.set()
             self._heard = time.monotonic()
             self._exited.set()
@@ -236,20 +222,42 @@ class Watch:
         for target in (wait, read):
             threading.Thread(target=target, daemon=True).start()
 
-    def log(self, logger: Any, name: str, seconds: float) -> bool:
+    def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
-        deadline, flushes = time.monotonic() + seconds, 0
-        while True:
-            flushes += 1
-            over, exited = self._over.wait(FLUSH_SECONDS), self._exited.is_set()
-            if exited and not over and time.monotonic() - self._heard > OUTPUT_GRACE_SECONDS:
-                self._batch.add(SYSTEM, b"Docker did not end the output after the exit; lines may be missing")
-                over = True
-            texts = self._batch.take(last=over)
-            if flushes % 3 == 0:
-                texts += self._bar.changes(not exited and sum(len(text) for _, text in texts) < LINE_LENGTH)
-            for stream, text in texts:
-                text = f"{name}: {text}" if stream == SYSTEM else text
-                (logger.info if stream == STDOUT else logger.warning)(text)
-            if over or (not exited and time.monotonic() > deadline):
-                return over
+
+        def log(stream: int, text: str) -> None:
+            text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # PostgreSQL refuses NUL
+            (logger.info if stream == STDOUT else logger.warning)(text)
+
+        deadline, last = time.monotonic() + seconds, math.inf
+        for flushes in itertools.count(1):
+            over, exited, now = self._over.wait(FLUSH_SECONDS), self._exited.is_set(), time.monotonic()
+            if exited and not over and now - self._heard > OUTPUT_GRACE_SECONDS:
+                log(SYSTEM, "Docker did not end the output after the exit; lines may be missing")
+                self._over.set()
+            room = self._hand_on(log)
+            if over and (now > last or not self._batch):
+                for text in [*self._batch.rest(), *[(SYSTEM, NOT_TAKEN)] * bool(self._batch)]:
+                    log(*text)
+                return True
+            if over:
+                last = min(last, now + UPLOAD_SECONDS)
+                time.sleep(FLUSH_SECONDS)
+            elif not exited and now > deadline:
+                return False
+            elif flushes % 3 == 0:
+                for text in self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES):
+                    log(*text)
+        raise AssertionError("unreachable")
+
+    def _hand_on(self, log: Callable[[int, str], None]) -> int:
+        """Log output while Prefect's next upload of logs has room; return how many bytes are left."""
+        with self._handing_on:
+            with LOG_MANAGER.queue.mutex:
+                waiting = [*LOG_MANAGER.pending_logs, *LOG_MANAGER.queue.queue]
+            room = UPLOAD_BYTES - sum(map(as_sent, waiting))
+            while self._batch and room > 0:
+                for stream, text in self._batch.take():
+                    log(stream, text)
+                    room -= as_sent(text) + LOG_OVERHEAD
+        return room

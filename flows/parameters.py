@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import docker.constants
 import docker.types
 import prefect
+from docker.constants import DEFAULT_DOCKER_API_VERSION as VERSION
 from prefect.engine.state import Failed, State
 
 from flows.settings import is_image
+from flows.text import abbreviated
 
 
-def abbreviated(text: str, length: int = 80) -> str:
-    """A text that is short enough for a message: its start and its end."""
-    half = length // 2
-    return text if len(text) <= length else f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
-
-
-def environment_strings(environment: Mapping[str, Any]) -> dict[str, str | None]:
+def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str, str | None]:
     """An environment as Docker takes it: true, false and numbers as JSON writes them.
 
+    In a list, ``NAME`` alone has the value that the flow's process has, as with ``docker run --env``. In a mapping,
     None stays: Docker removes the variable that the image sets. Raises a ValueError on a name or a value that Docker
-    cannot hold. Its message never has a value: values are secrets.
+    cannot hold, or that the flow does not have. Its message never has a value: values are secrets.
     """
+    if isinstance(environment, list):
+        items = [item.partition("=") if isinstance(item, str) else ("", "", "") for item in environment]
+        for name in (name for name, equals, _ in items if name and not equals):
+            if name.startswith("PREFECT__") or name not in os.environ:
+                raise ValueError(f"{abbreviated(name)} is not set in the flow's environment, or is Prefect's own")
+        environment = {name: value if equals else os.environ.get(name) for name, equals, value in items}
     strings = {}
     for name, value in environment.items():
         shown = abbreviated(repr(str(name).partition("=")[0]))
@@ -46,25 +49,30 @@ def _is_command(command: Any) -> bool:
 
 
 def _is_environment(environment: Any) -> bool:
-    return isinstance(environment, dict) and environment_strings(environment) is not None
+    return isinstance(environment, (dict, list)) and environment_strings(environment) is not None
 
 
 def _is_host_config(host_config: Any) -> bool:
-    version = docker.constants.DEFAULT_DOCKER_API_VERSION
-    return isinstance(host_config, dict) and docker.types.HostConfig(version=version, **host_config) is not None
+    return isinstance(host_config, dict) and docker.types.HostConfig(version=VERSION, **host_config) is not None
 
 
-def _is_time_limit(seconds: Any) -> bool:
-    return type(seconds) in (int, float) and seconds > 0
+def _is_extra(extra: Any) -> bool:
+    named = {name: extra[name] for name in extra if name not in ("name", "platform", "use_config_proxy")}
+    ours: dict[str, Any] = dict.fromkeys(("command", "environment", "host_config"))  # must not be given twice
+    return isinstance(docker.types.ContainerConfig(VERSION, "image", **ours, **named)["Labels"] or {}, dict)
 
 
 # By name: a check, which may raise an error that says more, and what is allowed.
 _PARAMETERS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "image": (lambda name: isinstance(name, str) and is_image(name), "an image reference (name, name:tag, …)"),
+    "image": (lambda it: isinstance(it, str) and is_image(it), "an image reference (name, name:tag, …)"),
     "command": (_is_command, """a string, a list of words or null, as in --param command='["sh","-c","echo one"]'"""),
-    "environment": (_is_environment, """a mapping, as in --param environment='{"NAME":"value"}'"""),
+    "environment": (
+        _is_environment,
+        """a mapping or list, as in --param environment='{"NAME":"value"}' or '["NAME"]'""",
+    ),
     "host_config": (_is_host_config, """a mapping, as in --param host_config='{"mem_limit":"1g"}'"""),
-    "time_limit": (_is_time_limit, "the seconds that the container may run, as in --param time_limit=60"),
+    "extra_docker_kwargs": (_is_extra, """a mapping, as in --param extra_docker_kwargs='{"user":"1000"}'"""),
+    "time_limit": (lambda it: type(it) in (int, float) and it > 0, "the seconds, as in --param time_limit=60"),
 }
 
 
@@ -78,7 +86,7 @@ def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
             if is_valid(value):
                 continue
         except Exception as error:  # the SDK raises errors of many types
-            reason = f": {abbreviated(str(error).replace('HostConfig.__init__() ', ''), 200)}"
+            reason = f": {abbreviated(str(error).split('() ', 1)[-1], 200)}"
         given = f"of type {type(value).__name__}" if name == "environment" else abbreviated(repr(value))
         return f"{name} is {given}{reason}; give {allowed}"
     return None
@@ -87,7 +95,6 @@ def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
 def fail_on_invalid_parameters(flow: prefect.Flow, old: State, new: State) -> State | None:
     """State handler of the flow: with invalid parameters the run fails before its first task."""
     fault = validate_parameters(prefect.context.parameters) if new.is_running() else None
-    if fault is None:
-        return None
-    prefect.context.logger.error(fault)
-    return Failed(fault, result={})  # by task; without it `flow.run()` would crash
+    if fault:
+        prefect.context.logger.error(fault)
+    return Failed(fault, result={}) if fault else None  # by task; without it `flow.run()` would crash

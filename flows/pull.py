@@ -11,24 +11,30 @@ from collections.abc import Callable
 from typing import Any
 
 import docker
+import docker.auth
 import pendulum
 import prefect
 from docker.errors import APIError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.daemon import unreachable
-from flows.parameters import abbreviated
+from flows.daemon import failure, load_config, unavailable
+from flows.text import abbreviated
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
-# Words of Docker 20.10 and 29, without the names of images, hosts and files around them. Transient ones win.
+# Docker answers HTTP 200 before most errors come, so that its words decide, without the names of images and hosts.
 _NAMES = r'"[^"]*"|\bfor \S+|\S*[/%@.:]\w\S*'
-_TRANSIENT = r"(?i)(?<!\S)(429|50[0-4])\b|too ?many ?requests|time(d )?out|connection (refused|reset)|\bEOF\b"
-_DENIED = r"(?i)(?<!permission )denied|unauthorized|authentication required|basic auth|insufficient_scope"
+_OVERLOADED = r"(?i)(?<!\S)(429|50[0-4])\b|too ?many ?requests"  # transient, whatever else is said
 _PERMANENT = (
-    r"(?i)not found|(manifest|name) unknown|unknown blob|no matching manifest|forbidden|bad request|invalid reference"
-    r"|unsupported|no space left|permission denied|x509|\btls: |HTTP response to HTTPS client"
+    r"(?i)(?P<proxy>proxy authentication required)|(?P<expired>(?:denied|token).*expired)|(?P<forbidden>forbidden)"
+    r"|permission denied|denied by plugin|(?P<login>denied|unauthorized|authentication required|no basic auth|_scope)"
+    r"|not found|(?:manifest|name) unknown|unknown blob|no matching manifest|no space left|x509|HTTP response to HTTPS"
 )
+_ADVICE = {
+    "proxy": "give the login for the proxy in the daemon's HTTPS_PROXY",
+    "login": "for a private image: `docker login`, or the Secret docker-sidecar on Kubernetes",
+    "expired": "the login may have expired, as one for ECR does after 12 hours: get a fresh token",
+}
 
 
 class Pull(threading.Thread):
@@ -47,22 +53,25 @@ class Pull(threading.Thread):
         """Pull, and add the events."""
         try:
             with prefect.context(self._context):  # a thread has none: what it logs would not reach the run's logs
-                for event in self._events():
+                if self._options.get("auth_config") is None:
+                    self._options["auth_config"] = self._login()
+                for event in self._client.pull(stream=True, decode=True, **self._options):
                     self._add(event if isinstance(event, dict) else {})
         except Exception as error:
             self.error = error
 
-    def _events(self) -> Any:
-        """Pull with the login that Docker's configuration names, or without one if its credential helper fails."""
+    def _login(self) -> dict[str, Any]:
+        """The login that Docker's configuration has for the registry; none if its credential helper fails."""
+        (config, faults), login = load_config(), None
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
-                return self._client.pull(stream=True, decode=True, **self._options)
-        except Exception as error:
-            if isinstance(error, (APIError, OSError)) or "auth_config" in self._options:
-                raise
-            self.login_fault = f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}"
-            return self._client.pull(stream=True, decode=True, auth_config={}, **self._options)
+                registry, _ = docker.auth.resolve_repository_name(self._options["repository"])
+                login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
+        except Exception as error:  # of many types
+            faults.append(f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}")
+        self.login_fault = "; ".join(faults)
+        return login or {}
 
     def _add(self, event: dict[str, Any]) -> None:
         self.heard = time.monotonic()
@@ -84,18 +93,22 @@ class Pull(threading.Thread):
         layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
         return ", ".join([*layers, f"{sum(list(self._received.values())) / 1e6:.1f} MB received"])
 
-    def failure(self, message: str, error: Exception, words: str) -> signals.PrefectStateSignal:
-        """RETRY after a transient error, FAIL after a permanent one or the last retry. Docker's ``words`` decide."""
+    def signal(self, message: str, error: Exception, words: str) -> tuple[str, signals.PrefectStateSignal]:
+        """The message with advice, and RETRY after a transient error, FAIL after a permanent one or the last retry."""
         words = re.sub(_NAMES, " ", words[-2000:])
-        transient, denied = re.search(_TRANSIENT, words), re.search(_DENIED, words)
-        if denied and not transient:
-            remedy = "for a private image: `docker login`, or the Secret docker-sidecar on Kubernetes"
-            message += f" ({self.login_fault or remedy})"
-        refused = error.is_client_error() if isinstance(error, APIError) else not unreachable(error)
-        permanent = not transient and (refused or denied or re.search(_PERMANENT, words))
+        overloaded = re.search(_OVERLOADED, words)
+        permanent = None if overloaded else re.search(_PERMANENT, words)
+        kind, login = permanent and permanent.lastgroup, self._options.get("auth_config")
+        if (kind == "login" and login) or (
+            kind == "forbidden" and (login or ".dkr.ecr." in self._options["repository"])
+        ):
+            kind = "expired"
+        advice = [_ADVICE.get(kind or ""), self.login_fault if kind == "login" else ""]
+        message += f" ({'; '.join(filter(None, advice))})" if any(advice) else ""
+        refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
         attempt = prefect.context.get("task_run_count", 1)
-        if permanent or attempt > len(PULL_RETRY_SECONDS):
-            return signals.FAIL(message)
+        if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):
+            return message, failure(message)
         pause = PULL_RETRY_SECONDS[attempt - 1]
-        message += f"; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s"
-        return signals.RETRY(message, start_time=pendulum.now("utc").add(seconds=pause))
+        retry = abbreviated(f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s", 600)
+        return message, signals.RETRY(retry, start_time=pendulum.now("utc").add(seconds=pause))

@@ -26,7 +26,7 @@ _VARIABLES = {  # name: default, pattern, what is allowed
     "FLOW_REGISTRY_URL": ("gcr.io/dev/", f"{_REGISTRY}(?:/{_NAME})?/?", "a registry or a path, without a scheme"),
     "FLOW_IMAGE_NAME": ("docker-on-k8s-flow", _NAME, "an image name in lower case, without registry or tag"),
     "FLOW_IMAGE_TAG": ("0.1.0", _TAG, "up to 128 letters, digits, '_', '.' and '-', not starting with '.' or '-'"),
-    "FLOW_BASE_IMAGE": ("prefecthq/prefect:1.4.1-python3.10", _IMAGE, "an image with Python 3.9, 3.10 or 3.11"),
+    "FLOW_BASE_IMAGE": ("prefecthq/prefect:1.4.1-python3.10", _IMAGE, "an image with Python 3.10 or 3.11"),
 }
 
 # What generate_job_spec() of Prefect 1.4.1's agent.py reads or fills in, by an example of each; `?` may be missing.
@@ -34,21 +34,18 @@ _METADATA = {"name?": "", "labels?": {}}
 _JOB = {"metadata?": _METADATA, "spec": {"template": {"metadata?": _METADATA, "spec": {"containers": []}}}}
 _FLOW = {"name": "", "command?": [], "env?": [], "resources?": {"requests?": {}, "limits?": {}}}
 _TYPES = {dict: "a mapping", list: "a list", str: "a string", bool: "a boolean", type(None): "missing or empty"}
-# A shell with `-c`, after its path or a wrapper such as tini, and then its script; words are separated by "\0".
-_SHELL = re.compile(
-    r"(?:^|[/\0])(?:ba|da|a|k|mk|z)?sh(?:\0[-+]\w*[oO]\0\w+|\0[-+][^\0]+)*?"
-    r"\0-\w*c\w*(?:\0--)?(?:\0(?P<script>[^\0]*)(?P<name>\0)?|$)"
-)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as kubectl reads it: a date is a string."""
+    """YAML as kubectl reads it: a date, a time and a number of base 60 are text, and 0o644 is a number."""
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        is_text = kind is yaml.ScalarNode and (":" in value or tag.endswith((":timestamp", ":value")))
+        return self.DEFAULT_SCALAR_TAG if is_text else tag
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile("0o[0-7]+$"), ["0"])
 
 
 class SettingsError(ValueError):
@@ -68,7 +65,9 @@ class Settings:
     image_name: str
     image_tag: str
     base_image: str  # which `Dockerfile` starts from
-    job_template: dict[str, Any]  # the Agent fills in its first container
+    job_template: Any  # a Job; the Agent fills in its first container
+    job_template_path: Any = None  # in place of it: where the Agent reads it at each run
+    labels: tuple[str, ...] = ()  # of the Agent that takes the flow's runs
 
     @property
     def image(self) -> str:
@@ -83,7 +82,11 @@ class Settings:
             value = values[variable[len("FLOW_") :].lower()] = environ.get(variable, default)
             if not re.fullmatch(pattern, value):
                 raise SettingsError(f"{variable} is {value!r}. Allowed: {allowed}. Not set, it is {default!r}.")
-        return cls(job_template=load_job_template(environ.get("JOB_TEMPLATE", "docker_sidecar")), **values)
+        labels = tuple(filter(None, map(str.strip, environ.get("FLOW_LABELS", "").split(","))))
+        name = environ.get("JOB_TEMPLATE", "docker_sidecar")
+        path = name if re.match("agent:///.|(s3|gcs|gs)://.", name) else None
+        job = None if path else load_job_template(name)
+        return cls(**values, job_template=job, job_template_path=path, labels=labels)
 
 
 def load_job_template(name: str) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def load_job_template(name: str) -> dict[str, Any]:
     try:
         return _job(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        allowed = f"a name in job_templates/ ({', '.join(known)}) or the path of a Kubernetes Job in YAML"
+        allowed = f"a name in job_templates/ ({', '.join(known)}), a Job's path, or agent:///…, s3://…, gcs://…"
         raise SettingsError(f"JOB_TEMPLATE is {name!r}: {' '.join(str(error).split())}. Allowed: {allowed}.") from None
 
 
@@ -115,13 +118,6 @@ def _job(text: str) -> dict[str, Any]:
     _check_fields(flow, _FLOW, where)
     for index, variable in enumerate(flow.get("env", [])):
         _check_fields(variable, {"name": ""}, f"{where}.env[{index}]")
-    shell = _SHELL.search("\0".join(map(str, flow.get("command", []))))
-    if shell:
-        script = shell["script"] or ""
-        arguments = r"|\$\{?[@*1]" if shell["name"] or "$0" in script else ""  # without a name, "prefect" is $0
-        if not re.search("flow-run" + arguments, script):
-            fault = "starts a shell that would not run 'prefect execute flow-run', which the Agent puts in args"
-            raise ValueError(f"{where}.command {fault}; write [sh, -c, 'exec \"$@\"', flow]")
     return job
 
 

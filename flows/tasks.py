@@ -10,25 +10,32 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, Optional
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import docker
 import prefect
-from docker.errors import APIError, NotFound
+from docker.errors import DockerException, NotFound
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 
-from flows.daemon import ERRORS, connect, docker_errors_as_failures, error_message, failure, unreachable
-from flows.output import OUTPUT_GRACE_SECONDS, Watch
-from flows.parameters import abbreviated, environment_strings
+from flows.daemon import (
+    ERRORS,
+    connect,
+    docker_errors_as_failures,
+    error_message,
+    failure,
+    unavailable,
+    wait_for_daemon,
+)
+from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
+from flows.parameters import environment_strings
 from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
+from flows.text import abbreviated
 
 PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
@@ -37,7 +44,7 @@ LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetC
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 
 SOCKET = "unix:///var/run/docker.sock"
-Options = Optional[dict[str, Any]]
+Options = dict[str, Any] | None
 
 
 class _DockerTask(prefect.Task):
@@ -46,20 +53,26 @@ class _DockerTask(prefect.Task):
         super().__init__(*args, **kwargs)
 
 
-def _run(what: str, required: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate ``run``: the constructor's arguments are its defaults, and an error is a FAIL that says ``what``."""
+def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorate ``run``: it takes the arguments of Prefect's task of that name, with the constructor's as defaults.
+
+    The first one is required. An error is a FAIL that says ``what`` failed.
+    """
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
-        names = list(inspect.signature(run).parameters)[1:]
+        signature = inspect.signature(theirs.run)
+        ours = [each for each in inspect.signature(run).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        _, *names = (*signature.parameters, *(each.name for each in ours))
 
         @functools.wraps(run)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
-            if not given[required]:
-                raise ValueError(f"{type(self).__name__}: {required} must be provided.")
+            if not given[names[0]]:
+                raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
             with docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
 
+        method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore
         return method
 
     return decorate
@@ -73,35 +86,38 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
     retries transient errors (registry or daemon unreachable, 5xx, 429). Permanent errors fail at once.
     """
 
-    @_run("Pulling the image", "repository")
+    @_run("Pulling the image", prefect_docker.PullImage)
     def run(
-        self,
-        repository: str = "",
-        tag: str | None = None,
-        docker_server_url: str = SOCKET,
-        extra_docker_kwargs: Options = None,
-        stream_logs: bool = False,
+        self, repository: str, tag: Any, docker_server_url: str, extra_docker_kwargs: Options, stream_logs: bool
     ) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
-        client = connect(docker_server_url, self.logger)
+        client = wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
         options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
         pull = Pull(client, options, self.logger.debug if stream_logs else lambda _: None)
         pull.start()
         pull.join(PROGRESS_SECONDS)
         while pull.is_alive():
-            silence, progress = time.monotonic() - pull.heard, f"Pulling {image}: {pull}"
+            silence, progress = time.monotonic() - pull.heard, str(pull)
             if silence >= PROGRESS_SECONDS:
                 progress += f"; nothing came for {silence:.0f} s"
             if silence >= PULL_SILENCE_SECONDS:
-                raise signals.FAIL(f"{progress}: the registry or the daemon hangs")
-            self.logger.info(progress)
+                pull.error = DockerException(f"{progress}: the registry or the daemon hangs")
+                break
+            self.logger.info(f"Pulling {image}: {progress}")
             pull.join(PROGRESS_SECONDS)
+        if pull.error and not isinstance(pull.error, ERRORS):
+            raise pull.error
         if pull.error:
             words = error_message(pull.error, docker_server_url)
-            raise pull.failure(f"Pulling {image}: {abbreviated(words, 500)}", pull.error, words)
+            message, signal = pull.signal(f"Pulling {image}: {abbreviated(words, 300)}", pull.error, words)
+            with suppress(*ERRORS):
+                if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
+                    self.logger.warning(f"{message}; the run goes on with the image that the daemon has")
+                    return image
+            raise signal
         if pull.login_fault:
             self.logger.warning(f"Pulling {image}: {pull.login_fault}")
         self.logger.info(f"{pull.outcome or image} ({time.monotonic() - started:.1f} s)")
@@ -111,53 +127,32 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
 class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON.
 
-    Where Docker's default log driver is json-file, the container gets the driver local: json-file breaks a character
-    that it cuts, at every 16 KiB of a line. A ``log_config`` in ``host_config`` is used as it is.
+    A restart policy is refused: WaitOnContainer could not tell an exit from a restart.
     """
 
-    @_run("Creating the container", "image_name")
+    @_run("Creating the container", prefect_docker.CreateContainer)
     def run(
-        self,
-        image_name: str = "",
-        container_name: str | None = None,
-        command: list[str] | str | None = None,
-        detach: bool = False,
-        entrypoint: list[str] | str | None = None,
-        environment: list[str] | dict[str, Any] | None = None,
-        volumes: str | list[str] | None = None,
-        docker_server_url: str = SOCKET,
-        host_config: Options = None,
-        extra_docker_kwargs: Options = None,
+        self, image_name: str, docker_server_url: str, host_config: Options, extra_docker_kwargs: Options, **rest: Any
     ) -> str:
         """Create the container, and return its id."""
-        client, extra = connect(docker_server_url), dict(extra_docker_kwargs or {})
-        labels = extra.pop("labels", None) or {}
-        labels = dict.fromkeys(labels, "") if isinstance(labels, list) else labels
-        values: Any = environment
-        if isinstance(environment, dict):
-            values = environment_strings(environment)
-        elif isinstance(environment, list):
-            environment_strings({str(item).partition("=")[0]: str(item) for item in environment})  # only checks
-        with suppress(*ERRORS, LookupError):  # of an engine that does not say
-            if client.info()["LoggingDriver"] == "json-file":
-                # Docker 20.10 stops in the middle of the output when the driver starts a new file
-                limits = {"max-size": "1t"} if docker.utils.version_lt(client.api_version, "1.42") else {}
-                host_config = {"log_config": {"type": "local", "config": limits}, **(host_config or {})}
-        self.logger.debug(f"Creating a container from image {image_name}")
-        container = client.create_container(
-            image=image_name,
-            name=container_name,
-            command=command,
-            detach=detach,
-            entrypoint=entrypoint,
-            environment=values,
-            volumes=volumes,
-            host_config=None if host_config is None else client.create_host_config(**host_config),
-            labels={**labels, LABEL: prefect.context.get("flow_run_id", "")},
-            **extra,
-        )
+        policy = (host_config or {}).get("restart_policy") or {}
+        if isinstance(policy, dict) and policy.get("Name") not in (None, "", "no"):
+            words = f"the restart policy {policy['Name']!r} hides the container's exit; use Prefect's retries"
+            raise failure(f"Creating the container: host_config: {words}")
+        try:
+            rest["environment"] = environment_strings(rest["environment"] or {})
+        except ValueError as error:
+            raise failure(f"Creating the container: {error}") from None
+        rest["name"] = rest.pop("container_name")
+        labels = (extra_docker_kwargs or {}).get("labels") or {}
+        labels = labels if isinstance(labels, dict) else dict.fromkeys(labels, "")
+        labels = {**labels, LABEL: prefect.context.get("flow_run_id", "")}
+        client = connect(docker_server_url)
+        if host_config is not None:
+            rest["host_config"] = client.create_host_config(**host_config)
+        container = client.create_container(image_name, **{**rest, **(extra_docker_kwargs or {}), "labels": labels})
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
-        for warning in container["Warnings"] or ():  # such as a limit that the daemon cannot enforce
+        for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
             self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
 
@@ -165,10 +160,9 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
 class StartContainer(_DockerTask, prefect_docker.StartContainer):
     """Start a container. The task fails if Docker cannot start it, as when the image has no such command."""
 
-    @_run("Starting the container", "container_id")
-    def run(self, container_id: str = "", docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None) -> None:
+    @_run("Starting the container", prefect_docker.StartContainer)
+    def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: Options) -> None:
         """Start the container."""
-        self.logger.debug(f"Starting container {container_id}")
         connect(docker_server_url).start(container=container_id, **(extra_docker_kwargs or {}))
         self.logger.debug(f"Started container {container_id}")
 
@@ -177,35 +171,41 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     """Wait on a container, and write its output to the run's logs while it runs.
 
     Prefect's task logs the output only after a failure, all at once and from memory, and leaves the container running
-    when it is interrupted. This task stops the container: on an interruption, on SIGTERM, and at ``time_limit``, the
-    seconds that the container may run from the start of the task.
+    when it is interrupted. This task stops the container: on an interruption, and at ``time_limit``, the seconds that
+    the container may run from the start of the task.
     """
 
     def __init__(self, *args: Any, time_limit: float | None = None, **kwargs: Any) -> None:
         self.time_limit = time_limit
         super().__init__(*args, **kwargs)
 
-    @_run("Waiting on the container", "container_id")
+    @_run("Waiting on the container", prefect_docker.WaitOnContainer)
     def run(
         self,
-        container_id: str = "",
-        docker_server_url: str = SOCKET,
-        raise_on_exit_code: bool = True,
-        extra_docker_kwargs: Options = None,
-        time_limit: float | None = None,
+        container_id: str,
+        docker_server_url: str,
+        raise_on_exit_code: bool,
+        *,
+        time_limit: Any = None,
+        **rest: Any,
     ) -> dict[str, Any]:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
-        self.logger.debug(f"Waiting on container {container_id}")
         client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
         try:
             config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
-            watch = Watch(client, docker_server_url, container_id, config["Tty"], extra_docker_kwargs or {})
-            with self._stopped_if_interrupted(client, container_id, name, watch):
-                if not watch.log(self.logger, name, math.inf if time_limit is None else time_limit):
+            watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"] or {})
+            try:
+                if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
                     raise failure(f"{name} was stopped at its time limit of {time_limit} s")
-                if isinstance(watch.result, Exception) and unreachable(watch.result):
+                if isinstance(watch.result, Exception) and unavailable(watch.result):
                     raise watch.result  # here, so that a container that may still run is stopped
+            except BaseException:
+                self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
+                with suppress(*ERRORS):
+                    client.stop(container_id, timeout=STOP_GRACE_SECONDS)
+                watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
+                raise
             if isinstance(watch.result, Exception):
                 raise watch.result
             result = dict(watch.result)
@@ -231,64 +231,36 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             return {"Error": None, "StatusCode": int(event["Actor"]["Attributes"]["exitCode"])}
         raise error
 
-    @contextmanager
-    def _stopped_if_interrupted(
-        self, client: docker.APIClient, container_id: str, name: str, watch: Watch
-    ) -> Iterator[None]:
-        def terminate(*_: Any) -> None:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # one is enough
-            raise failure(f"{name} was stopped because the flow's process got SIGTERM")
-
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
-        try:
-            yield
-        except BaseException:
-            self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
-            with suppress(*ERRORS):
-                client.stop(container_id, timeout=STOP_GRACE_SECONDS)
-            watch.log(self.logger, name, OUTPUT_GRACE_SECONDS)
-            raise
-        finally:
-            if in_main_thread:
-                signal.signal(signal.SIGTERM, previous)
-
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
-    """Get the end of a container's output: at most 1 MiB and 10,000 lines, or 2,000 of a TTY. A first line says so.
+    """Get the end of a container's output: at most 1 MiB and 10,000 lines. A first line says if there was more.
 
-    Prefect's task reads all of the output into memory. This task is Skipped if there is no container, no daemon, or no
-    output any more, as with ``auto_remove``. If no container was created, Prefect passes the error as its id.
+    Prefect's task reads all of the output into memory. This task is Skipped, with the reason, if no container was
+    created (Prefect passes the error as its id) or if Docker does not hand out its output.
     """
 
-    @_run("Getting the logs", "container_id")
-    def run(
-        self, container_id: Any = None, docker_server_url: str = SOCKET, extra_docker_kwargs: Options = None
-    ) -> str:
+    @_run("Getting the logs", prefect_docker.GetContainerLogs)
+    def run(self, container_id: Any, docker_server_url: str, extra_docker_kwargs: Options) -> str:
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
-        self.logger.debug(f"Gathering logs from container {container_id}")
-        pieces, size = deque[bytes](), 0
+        pieces, lines, size, deadline = deque[bytes](), 0, 0, time.monotonic() + READ_SECONDS
+        options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {}), "follow": 0}
         try:
             client = connect(docker_server_url)
             tty = client.inspect_container(container_id)["Config"]["Tty"] is True
-            lines = LOG_LINES // 5 if tty else LOG_LINES  # the SDK reads a stream of a TTY byte by byte: no stream then
-            options = {"tail": lines + 1, "stream": not tty, "follow": False, **(extra_docker_kwargs or {})}
-            output: Any = client.logs(container=container_id, **options)
-            for piece in output.splitlines(keepends=True) if isinstance(output, bytes) else output:
+            for _, piece in read(client, container_id, tty, **options):
                 pieces.append(piece)
                 size += len(piece)
-                while size - len(pieces[0]) > LOG_BYTES or len(pieces) > lines + 1:
+                lines += piece.count(b"\n") if tty else 1  # Docker breaks a long line, and counts it as many
+                while size - len(pieces[0]) > LOG_BYTES:
                     size -= len(pieces.popleft())
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
         except ERRORS as error:
-            if unreachable(error) or (isinstance(error, APIError) and error.status_code in (404, 409)):
-                message = abbreviated(error_message(error, docker_server_url), 500)
-                raise signals.SKIP(f"No logs: {message}") from None
-            raise
-        self.logger.debug(f"Gathered logs from container {container_id}")
+            raise signals.SKIP(abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)) from None
         text = b"".join(pieces)
-        if len(pieces) <= lines and size <= LOG_BYTES:
+        if lines <= LOG_LINES and size <= LOG_BYTES:
             return text.decode(errors="replace")
         text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
         return f"[cut: the last {len(text):,} bytes follow]\n{text.decode(errors='replace')}"

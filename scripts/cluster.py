@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import docker
@@ -21,28 +22,24 @@ import kubernetes.utils
 from docker.errors import ImageNotFound, NotFound
 
 from flows.settings import PROJECT
-from scripts import engine
-from scripts.airgap import images
-from scripts.engine import DAEMON, LABELS, NAME, PREFECT, REGISTRY, SetupError
+from scripts import engine, registry
+from scripts.airgap import images as stand_ins
+from scripts.base import CACHE, DAEMON, LABELS, NAME, PREFECT, REGISTRY_IMAGE, SetupError, say
+from scripts.images import can_pull, provide
 
 NODE = f"{NAME}-control-plane"
 NETWORK = f"{NAME}-kind"
 KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
-IMAGES = (*PREFECT, DAEMON, images.OLD_DAEMON)
+IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
 GVISOR = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "gvisor"}, "handler": "runsc"}
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
-def say(message: str) -> None:
-    """Tell the user what is done, and how long it takes."""
-    print(f"cluster: {message}", flush=True)
-
-
 def kind(*arguments: str) -> None:
     """Run kind, with a network and a kubeconfig of the cluster's own."""
-    program = shutil.which("kind") or f"{images.programs('kubernetes')}/kind"
+    program = shutil.which("kind") or f"{stand_ins.programs('kubernetes')}/kind"
     environment = {**os.environ, "KIND_EXPERIMENTAL_DOCKER_NETWORK": NETWORK, "KUBECONFIG": str(KUBECONFIG)}
     done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
@@ -53,11 +50,11 @@ def node_options(client: docker.DockerClient) -> list[str] | None:
     """The options that choose the node: $KIND_NODE_IMAGE, kind's own, or what `make airgap` has built; else None."""
     if chosen := os.environ.get("KIND_NODE_IMAGE"):
         return [f"--image={chosen}"]
-    if shutil.which("kind") and engine.can_pull(client, DEFAULT_NODE):
+    if shutil.which("kind") and can_pull(client, DEFAULT_NODE):
         return []
     with suppress(ImageNotFound):
-        client.images.get(images.NODE)
-        return [f"--image={images.NODE}", f"--config={PROJECT}/scripts/airgap/node/kind.yaml"]
+        client.images.get(stand_ins.NODE)
+        return [f"--image={stand_ins.NODE}", f"--config={PROJECT}/scripts/airgap/node/kind.yaml"]
     return None
 
 
@@ -71,22 +68,19 @@ def up(client: docker.DockerClient) -> None:
         say("the cluster was stopped with its engine; creating it again")
         kind("delete", "cluster", "--name", NAME)
     if (options := node_options(client)) is None:
-        raise SetupError(
-            "a cluster needs kind (https://kind.sigs.k8s.io) on PATH and its node image from Docker Hub, "
-            "or without Docker Hub, as root on Debian, `make airgap`"
-        )
+        raise SetupError("a cluster needs kind (https://kind.sigs.k8s.io) and Docker Hub, or `make airgap` as root")
     try:
         if not client.networks.list(names=[NETWORK]):
             client.networks.create(NETWORK, labels=LABELS)
-        engine.registry(client, *IMAGES)
-        for name in images.control_plane_images() if f"--image={images.NODE}" in options else ():
-            engine.push(client, name, name)
-        address = engine.registry_address(client, NETWORK)  # which the node already needs
+        registry.start(client, *IMAGES)
+        for name in stand_ins.control_plane_images() if f"--image={stand_ins.NODE}" in options else ():
+            registry.push(client, name, name)
+        address = registry.registry_address(client, NETWORK)  # which the node already needs
         say("creating a node (about a minute)")
         KUBECONFIG.parent.mkdir(exist_ok=True)
         KUBECONFIG.touch()  # a cluster that is being created is this folder's, too
         kind("create", "cluster", "--name", NAME, "--wait=300s", *options)
-        for name in (REGISTRY, "docker.io"):  # point the node's containerd at the registry
+        for name in (registry.REGISTRY, "docker.io"):  # point the node's containerd at the registry
             folder = f"/etc/containerd/certs.d/{name}"
             script = f"mkdir -p {folder}; echo '[host.\"http://{address}\"]' >{folder}/hosts.toml; touch {CONFIGURED}"
             client.containers.get(NODE).exec_run(["sh", "-c", script])
@@ -110,7 +104,7 @@ def create(resource: dict[str, Any]) -> None:
 
 def daemon_config(client: docker.DockerClient, namespace: str) -> dict[str, Any]:
     """The ConfigMap that gives the daemons of a namespace's pods their mirror."""
-    address = engine.registry_address(client, NETWORK)
+    address = registry.registry_address(client, NETWORK)
     daemon_json = json.dumps({"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]})
     metadata = {"name": CONFIG_MAP, "namespace": namespace}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"daemon.json": daemon_json}}
@@ -126,10 +120,7 @@ def node_of(client: docker.DockerClient) -> Any:
 def refuse_foreign() -> None:
     """Raise SetupError if the cluster that runs was not made from this folder."""
     if not KUBECONFIG.exists():
-        raise SetupError(
-            f"there is a kind cluster named {NAME!r} that was not made from this folder. "
-            f"If nobody needs it: kind delete cluster --name {NAME}"
-        )
+        raise SetupError(f"the kind cluster {NAME} was not made from this folder. kind delete cluster --name {NAME}?")
 
 
 def down(client: docker.DockerClient) -> None:
@@ -139,6 +130,19 @@ def down(client: docker.DockerClient) -> None:
         kind("delete", "cluster", "--name", NAME)
     KUBECONFIG.unlink(missing_ok=True)
     engine.remove_ours(client)
+
+
+def testable() -> list[str]:
+    """The folders of tests that this machine can run. Says what is left out, and why."""
+    try:
+        with engine.running() as client:
+            if node_of(client) or node_options(client) is not None:
+                return ["tests/unit", "tests/docker", "tests/kubernetes"]
+            say("the cluster is left out. Install kind, or without Docker Hub run `make airgap`")
+            return ["tests/unit", "tests/docker"]
+    except SetupError as error:
+        say(f"{error}. All but the unit tests are left out")
+        return ["tests/unit"]
 
 
 def main(what: str) -> None:
@@ -155,19 +159,20 @@ def main(what: str) -> None:
                     for volume in volumes if what == "clean" else ():
                         volume.remove()
             engine.stop()
-            for path in engine.CACHE.iterdir() if what == "clean" else ():
+            for path in CACHE.iterdir() if what == "clean" else ():
                 if path.is_dir():
                     shutil.rmtree(path)
                 elif path.name != "lock":  # for which another `make` may wait
                     path.unlink()
+    elif what in ("test", "bench"):
+        paths = [str(path) for folder in testable() for path in Path(folder).glob(f"{what}_*.py")]
+        sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)
     else:
         with engine.running() as client:
             options = node_options(client)
-            if what == "possible":
-                sys.exit(options is None and not node_of(client))
-            if options is None or f"--image={images.NODE}" in options:
-                images.build(client, images.NODE)
-                engine.provide(client, *IMAGES, engine.REGISTRY_IMAGE)
+            if options is None or f"--image={stand_ins.NODE}" in options:
+                stand_ins.build(client, stand_ins.NODE)
+                provide(client, *IMAGES, REGISTRY_IMAGE)
             say("all images are there: `make cluster-up`, `make test`")
 
 

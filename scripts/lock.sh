@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() {
-  .venv/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.9 \
+  .venv/bin/uv pip compile pyproject.toml --quiet --upgrade --universal --python-version 3.10 \
     --generate-hashes --no-emit-index-url --custom-compile-command 'make lock' "$@"
 }
 compile --output-file requirements.txt

@@ -17,12 +17,13 @@ from flows.parameters import validate_parameters
 from flows.settings import Settings, SettingsError
 from flows.tasks import LABEL
 from scripts import engine
+from scripts.base import SetupError
 
-JSON = ("ENVIRONMENT", "HOST_CONFIG", "TIME_LIMIT")
+JSON = ("ENVIRONMENT", "HOST_CONFIG", "EXTRA_DOCKER_KWARGS", "TIME_LIMIT")
 
 
 def parameters() -> dict[str, Any]:
-    """The flow's parameters from the environment: IMAGE, COMMAND, and in JSON ENVIRONMENT, HOST_CONFIG, TIME_LIMIT.
+    """The flow's parameters, from variables that the Makefile sets: IMAGE, COMMAND, and those of JSON in JSON.
 
     COMMAND is a string, or a list in JSON. What is not set has the flow's default.
     """
@@ -48,11 +49,10 @@ def run(client: docker.DockerClient, **parameters: Any) -> State:
 
     run_id = str(uuid.uuid4())
     try:
-        state = flow.run(parameters=parameters, flow_run_id=run_id)
-        assert state is not None  # None is for flows with a schedule
-        return state
+        return flow.run(parameters=parameters, flow_run_id=run_id)  # type: ignore[return-value] # None: with a schedule
     finally:
-        for container in client.containers.list(all=True, filters={"label": f"{LABEL}={run_id}"}):
+        ours: dict[str, Any] = {"label": f"{LABEL}={run_id}"}
+        for container in client.containers.list(all=True, filters=ours, ignore_removed=True):
             with suppress(APIError):  # it may be removing itself
                 container.remove(force=True)
 
@@ -64,7 +64,7 @@ def main() -> None:
         Settings.from_environ()  # a fault there must not start an engine first
         with engine.running() as client:
             state = run(client, **given)
-    except (SettingsError, engine.SetupError) as error:
+    except (SettingsError, SetupError) as error:
         sys.exit(f"run: {error}")
     except KeyboardInterrupt:
         sys.exit("run: interrupted; nothing was left running")

@@ -8,16 +8,17 @@ import os
 import signal
 import tarfile
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import Any
 
 import docker
 import pytest
 from docker.models.containers import Container
 
-import scripts.engine
-from scripts.engine import DAEMON, REGISTRY_IMAGE
+from scripts import engine as scripts_engine
+from scripts import registry
+from scripts.base import DAEMON, REGISTRY_IMAGE
 from tests.support.waiting import wait_for
 
 # A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
@@ -27,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SESSION = f"tests-{uuid.uuid4().hex[:8]}"  # of this process: others may use the same engine and cluster
 LABELS = {"docker-sidecar-on-kubernetes": SESSION}
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 PREFECT = "prefecthq/prefect:1.4.1"
 # The smallest image that can run a command: the busybox of the dind image, whether that is the published one (Alpine,
 # where busybox needs musl) or the stand-in.
@@ -83,17 +85,31 @@ def login(password: str = "password") -> dict[str, str]:
     return {"auth": base64.b64encode(f"user:{password}".encode()).decode()}
 
 
+@contextmanager
+def provided() -> Iterator[docker.DockerClient]:
+    """This machine's Docker engine, with the images of the tests and a registry that has them."""
+    with scripts_engine.running() as client:
+        registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
+        registry.start(client, DAEMON, PREFECT, REGISTRY_IMAGE)
+        yield client
+        if not registry_was_there:
+            scripts_engine.remove_ours(client)
+
+
+def set_up_before_workers(session: pytest.Session, set_up: Callable[[], AbstractContextManager[object]]) -> None:
+    """With `pytest -n`: what the workers share is set up once, in the process that starts them."""
+    if session.config.getoption("numprocesses", None) and not WORKER:
+        context = set_up()
+        context.__enter__()
+        session.config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
-    """This machine's Docker engine, with the images of the tests and a registry that has them."""
-    with scripts.engine.running() as client:
-        registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
-        scripts.engine.registry(client, DAEMON, PREFECT, REGISTRY_IMAGE)
+    with closing(scripts_engine.connect(os.environ["DOCKER_HOST"])) if WORKER else provided() as client:
         yield client
         for left in client.containers.list(all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}):
             left.remove(force=True, v=True)
-        if not registry_was_there:
-            scripts.engine.remove_ours(client)
 
 
 def have(client: docker.DockerClient, *images: str) -> None:
@@ -104,11 +120,11 @@ def have(client: docker.DockerClient, *images: str) -> None:
             client.images.pull(image)
 
 
-def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox") -> str:
+def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox", *changes: str) -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
     have(client, DAEMON)
     with container(client, DAEMON, ["-c", BUSYBOX], entrypoint=["sh"]) as found:
         found.wait()
         output = found.logs(stderr=False)
-    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin"])
+    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin", *changes])
     return name

@@ -18,5 +18,18 @@ if [ "$1" = dockerd ]; then
         export PATH="/usr/local/sbin/.iptables-legacy:$PATH"
     fi
     set -- docker-init -- "$@"
+    # cgroup v2: a privileged container of Kubernetes has the node's cgroup namespace, and what dockerd starts would be
+    # outside of the pod. So dockerd gets a namespace whose root is the container's own cgroup. Only a cgroup without
+    # processes hands its controllers down. The path is there because busybox's shell would take its own unshare.
+    if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
+        # shellcheck disable=SC2016 # the inner shell expands it
+        set -- /usr/bin/unshare --cgroup --mount sh -euc '
+            c=/sys/fs/cgroup; umount $c; mount -t cgroup2 cgroup2 $c; mkdir -p $c/init
+            for attempt in $(seq 50); do
+                for process in $(cat $c/cgroup.procs); do echo "$process" >$c/init/cgroup.procs || true; done
+                ! sed "s/ / +/g; s/^/+/" $c/cgroup.controllers >$c/cgroup.subtree_control || break
+            done 2>/dev/null
+            exec "$@"' sh "$@"
+    fi
 fi
 exec "$@"

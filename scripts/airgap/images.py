@@ -19,7 +19,7 @@ import docker
 from docker.errors import BuildError, ImageNotFound
 
 from flows.settings import PROJECT
-from scripts.engine import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
+from scripts.base import DAEMON, PREFECT, REGISTRY_IMAGE, SetupError, say
 
 HERE = Path(__file__).resolve().parent
 BASE = "docker-sidecar-airgap-base:bookworm"
@@ -31,7 +31,8 @@ NOT_THERE = 3  # exit status of programs.sh
 
 KUBERNETES = re.findall(r"k8s.io/kubernetes (v\S+)", (HERE / "kubernetes" / "go.mod").read_text())[0]
 NODE = f"kindest/node:{KUBERNETES}-airgap"
-ENGINE_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
+ENGINE_PROGRAMS = ("containerd-shim-runc-v2", "dockerd", "docker-proxy", "runc")  # dockerd is its own containerd
+CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
 NODE_PROGRAMS = ("coredns", "crictl", "kubeadm", "kubectl", "kubelet", "host-local", "loopback", "portmap", "ptp")
 CONTROL_PLANE_PROGRAMS = (
     "coredns",
@@ -72,7 +73,7 @@ def build(client: docker.DockerClient, name: str) -> None:
         files = {file: HERE / file for file in ("dockerd-entrypoint.sh", "runc-drop-missing-caps")}
         folder = programs("docker", optional=True) if name == DAEMON else None
         if folder:
-            files |= {f"bin/{program}": folder / program for program in (*ENGINE_PROGRAMS, "dockerd", "docker-proxy")}
+            files |= {f"bin/{program}": folder / program for program in ENGINE_PROGRAMS}
         _build(client, [name], "dind.Dockerfile", files)
     elif name == REGISTRY_IMAGE:
         folder = programs("docker", "--if-built", optional=True)  # `make run` need not wait for it
@@ -83,7 +84,7 @@ def build(client: docker.DockerClient, name: str) -> None:
         files = {f"bin/{program}": kubernetes / program for program in CONTROL_PLANE_PROGRAMS}
         _build(client, control_plane_images(), "control-plane.Dockerfile", files)
         files = {f"bin/{program}": kubernetes / program for program in NODE_PROGRAMS}
-        files |= {f"bin/{program}": engine / program for program in ENGINE_PROGRAMS}
+        files |= {f"bin/{program}": engine / program for program in CONTAINERD_PROGRAMS}
         files |= {f"bin/{path.name}": path for folder in (policy, gvisor) for path in folder.iterdir()}
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)

@@ -18,11 +18,17 @@ from prefect.engine.state import State
 
 from flows import docker_sidecar
 from scripts import run
-from scripts.engine import DAEMON, REGISTRY_IMAGE, connect, registry_address
-from tests.conftest import LABELS, PREFECT, busybox, container, have
+from scripts.base import DAEMON, REGISTRY_IMAGE
+from scripts.engine import connect
+from scripts.registry import registry_address
+from tests.conftest import LABELS, PREFECT, WORKER, busybox, container, have, provided, set_up_before_workers
 from tests.support.waiting import wait_for
 
 STORE = {"docker-sidecar-tests-registry": {"bind": "/var/lib/registry"}}  # of the tests' registries
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    set_up_before_workers(session, provided)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -119,7 +125,9 @@ def answers(url: str) -> bool:
 @pytest.fixture(scope="session")
 def sidecar(engine: docker.DockerClient) -> Iterator[Daemon]:
     """The daemon that the flow's runs use. Its store is kept for the next time."""
-    with daemon_with_mirror(engine, volumes={"docker-sidecar-tests-daemon": {"bind": "/var/lib/docker"}}) as found:
+    with daemon_with_mirror(
+        engine, volumes={f"docker-sidecar-tests-daemon{WORKER}": {"bind": "/var/lib/docker"}}
+    ) as found:
         have(found.client, PREFECT)
         for left in found.client.containers.list(all=True):  # by tests that were killed
             left.remove(force=True, v=True)

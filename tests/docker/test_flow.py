@@ -75,6 +75,34 @@ def test_killed_for_memory(flow_run: FlowRun, image: str) -> None:
     assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.state.message
 
 
+def test_restart_policy(flow_run: FlowRun, image: str) -> None:
+    policy = {"restart_policy": {"Name": "on-failure"}}
+    run = flow_run(image=image, command="sh -c 'exit 3'", host_config=policy)
+    assert run.state.is_failed()
+    assert "restart policy 'on-failure'" in run.state.message
+    assert not run.naming("exited with code")
+
+
+@pytest.mark.parametrize(
+    "name", ["docker-sidecar-tests/only-here:1", "localhost:5099/only-here:1"], ids=["Hub", "down"]
+)
+def test_an_image_that_only_the_daemon_has(
+    flow_run: FlowRun, daemon: docker.DockerClient, image: str, name: str
+) -> None:
+    daemon.images.pull(image)
+    daemon.images.get(image).tag(name)
+    try:
+        run = flow_run(image=name, command="echo here")
+    finally:
+        daemon.images.remove(name)
+    assert run.state.is_successful(), run.state
+    assert run.output("INFO") == "here"
+    [warned] = [text for level, _, text in run.logs if level == "WARNING"]
+    assert warned.startswith(f"Pulling {name}: ")
+    assert "the image that the daemon has" in warned
+    assert not run.naming("; retry ")
+
+
 @pytest.mark.parametrize("name", ["nothing-of-this-name:1", "busybox:none", f"busybox@sha256:{'0' * 64}"])
 def test_image_not_found(flow_run: FlowRun, registry: Registry, name: str) -> None:
     run = flow_run(image=f"{registry.address}/{name}", command="true")
@@ -142,9 +170,7 @@ def odd_registry(daemon: docker.DockerClient) -> Iterator[Callable[..., Containe
 
 @pytest.mark.parametrize("status", [429, 503])
 @pytest.mark.parametrize("name", ["busybox:1", "access-denied-report:1", "not-found:unauthorized"])
-def test_row_11_registry_overloaded(
-    flow_run: FlowRun, odd_registry: Callable[..., Container], status: int, name: str
-) -> None:
+def test_registry_overloaded(flow_run: FlowRun, odd_registry: Callable[..., Container], status: int, name: str) -> None:
     server = odd_registry(status)
     run = flow_run(image=f"localhost:5057/{name}", command="true")
     assert run.state.is_failed()
@@ -153,7 +179,7 @@ def test_row_11_registry_overloaded(
     assert f'" {status} -' in server.logs().decode(), "the registry was asked"
 
 
-def test_row_06_registry_that_does_not_answer(
+def test_registry_that_does_not_answer(
     flow_run: FlowRun, odd_registry: Callable[..., Container], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.5)
@@ -223,6 +249,20 @@ def test_much_output(flow_run: FlowRun, image: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "lines"),
+    [
+        ("seq 10000", [str(number) for number in range(1, 10_001)]),
+        ("seq 50000", [str(number) for number in range(1, 50_001)]),
+        ("i=0; while [ $i -lt 2000 ]; do printf %080d\\\\n $i; i=$((i+1)); done", [f"{i:080}" for i in range(2000)]),
+    ],
+    ids=["10,000 lines", "50,000 lines", "long lines"],
+)
+def test_what_the_runs_logs_can_take_is_whole(flow_run: FlowRun, image: str, command: str, lines: list[str]) -> None:
+    run = flow_run(image=image, command=["sh", "-c", command])
+    assert run.output("INFO").split("\n") == lines
+
+
+@pytest.mark.parametrize(
     ("command", "kept", "cut"),
     [
         ("seq 2000", 2000, False),
@@ -273,9 +313,10 @@ UNREADABLE = {"log_config": {"type": "none"}}
 
 def test_log_driver_that_cannot_be_read(flow_run: FlowRun, image: str) -> None:
     run = flow_run(image=image, command="echo unheard", host_config=UNREADABLE)
-    assert run.state.is_failed()
-    assert run.tasks["WaitOnContainer"].is_successful()
-    assert "does not support reading" in run.state.message
+    assert run.state.is_successful(), run.state
+    assert run.tasks["GetContainerLogs"].is_skipped()
+    assert "does not support reading" in run.tasks["GetContainerLogs"].message
+    assert len([level for level, _, _ in run.logs if level == "WARNING"]) == 1
 
 
 def test_time_limit_of_a_container_whose_output_cannot_be_read(
@@ -348,14 +389,14 @@ def test_time_limit(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPat
 SAVE = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
 
 
-def test_row_10_output_after_the_time_limit(flow_run: FlowRun, image: str) -> None:
+def test_output_after_the_time_limit(flow_run: FlowRun, image: str) -> None:
     run = flow_run(image=image, command=SAVE, time_limit=3)
     assert run.state.is_failed()
     assert run.output("INFO") == "up\nsaving"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["cancelled", "SIGTERM"])
-def test_row_10_output_after_an_interruption(
+def test_output_after_an_interruption(
     flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]], signum: int
 ) -> None:
     sender = send_when_running(signum, daemon, logs)
@@ -366,7 +407,7 @@ def test_row_10_output_after_an_interruption(
 
 
 @pytest.mark.parametrize("beside", ["", "echo $i;"], ids=["alone", "beside lines on stdout"])
-def test_row_04_the_newest_state_of_a_progress_bar(
+def test_the_newest_state_of_a_progress_bar(
     flow_run: FlowRun, image: str, daemon: docker.DockerClient, logs: list[tuple[str, str, str]], beside: str
 ) -> None:
     """The bar goes on until one of its states is in the logs."""
@@ -387,7 +428,7 @@ def test_row_04_the_newest_state_of_a_progress_bar(
     assert 2 <= len(shown) <= 5, "old states are left out"
 
 
-def test_row_04_a_line_beside_a_progress_bar_comes_once(
+def test_a_line_beside_a_progress_bar_comes_once(
     flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.2)
@@ -397,8 +438,18 @@ def test_row_04_a_line_beside_a_progress_bar_comes_once(
     assert run.output("WARNING").split("\n")[-1] == "2%"
 
 
+def test_a_progress_bar_with_nul(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.2)
+    bar = "for i in 1 2 3 4 5 6 7 8; do printf '\\r%s%%\\0' $i >&2; sleep 0.5; done; printf '\\r\\0end\\n' >&2"
+    run = flow_run(image=image, command=["sh", "-c", bar])
+    shown = run.output("WARNING").split("\n")
+    assert any(text.endswith("%\ufffd") for text in shown[:-1])
+    assert shown[-1] == "\ufffdend"
+    assert not run.naming("\0")
+
+
 @pytest.mark.parametrize("script", ["sleep 2; exit 0", "exit 0", "echo out; exit 3", "sleep 2; exit 3"])
-def test_row_05_a_container_that_removes_itself(
+def test_a_container_that_removes_itself(
     flow_run: FlowRun, image: str, daemon: docker.DockerClient, script: str
 ) -> None:
     code = script[-1]
@@ -410,7 +461,7 @@ def test_row_05_a_container_that_removes_itself(
 
 
 @pytest.mark.parametrize("tty", [False, True])
-def test_row_13_a_long_line_is_whole(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tty: bool) -> None:
+def test_a_long_line_is_whole(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tty: bool) -> None:
     monkeypatch.setattr(docker_sidecar.container_id, "extra_docker_kwargs", {"tty": tty})
     script = "i=0; while [ $i -lt 3000 ]; do printf %s $TEXT; i=$((i+1)); done"
     run = flow_run(
@@ -420,23 +471,30 @@ def test_row_13_a_long_line_is_whole(flow_run: FlowRun, image: str, monkeypatch:
     assert run.tasks["GetContainerLogs"].result == "日本語の行" * 3000
 
 
-def test_row_14_the_environment_as_json_writes_it(flow_run: FlowRun, image: str) -> None:
+def test_the_environment_as_json_writes_it(flow_run: FlowRun, image: str) -> None:
     environment = {"A": True, "B": 1.5, "C": "x=y", "D": "", "PATH": "/bin"}
     run = flow_run(image=image, command=["sh", "-c", "echo $A $B $C ${D-unset}."], environment=environment)
     assert run.output("INFO") == "true 1.5 x=y ."
 
 
-@pytest.mark.parametrize("config", ['{"credsStore": "no-such-helper"}', "not JSON"])
-def test_row_03_a_public_image_needs_no_login(
-    flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ({"credsStore": "no-such-helper"}, "docker-credential-no-such-helper"),
+        ("not JSON", "no valid Docker configuration"),
+        ({"auths": {"other.example": {"auth": "?"}}}, "'other.example'"),
+    ],
+)
+def test_a_public_image_needs_no_login(
+    flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Any, fault: str
 ) -> None:
-    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     run = flow_run(image=image, command="true")
     assert run.state.is_successful(), run.state
-    warnings = [text for level, _, text in run.logs if level == "WARNING"]
-    assert len(warnings) == ("credsStore" in config)
-    assert all("docker-credential-no-such-helper" in text and str(tmp_path) in text for text in warnings)
+    [warned] = [text for level, _, text in run.logs if level == "WARNING"]
+    assert fault in warned
+    assert str(tmp_path) in warned
 
 
 def test_image_by_digest(flow_run: FlowRun, registry: Registry, daemon: docker.DockerClient, image: str) -> None:
@@ -457,6 +515,14 @@ def test_private_registry(
         assert "`docker login`" in run.state.message
         assert not run.naming("; retry ")
 
-        (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": login()}}))
-        run = flow_run(image="localhost:5056/busybox:1", command="echo let in")
-        assert run.state.is_successful(), run.state
+        for entry in (login(), {"username": "user", "password": "password"}, {"auth": login()["auth"].rstrip("=")}):
+            (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": entry}}))
+            run = flow_run(image="localhost:5056/busybox:1", command="echo let in")
+            assert run.state.is_successful(), run.state
+            with suppress(docker.errors.ImageNotFound):
+                daemon.images.remove("localhost:5056/busybox:1")
+
+        (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": login("wrong")}}))
+        run = flow_run(image="localhost:5056/busybox:1", command="true")
+        assert run.state.is_failed()
+        assert "fresh token" in run.state.message

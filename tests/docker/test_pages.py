@@ -10,15 +10,14 @@ import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import docker
-import prefect
 import pytest
 
-from scripts.engine import DAEMON, PREFECT, push, registry_address
+from scripts.base import DAEMON, PREFECT
+from scripts.registry import push, registry_address
 from tests.conftest import busybox, container
-from tests.docker.conftest import Daemon, Outcome, private_network, run_daemon
+from tests.docker.conftest import Outcome, private_network, run_daemon
 from tests.support.pages import example
 
 FlowRun = Callable[..., Outcome]
@@ -52,17 +51,6 @@ def test_parameters(flow_run: FlowRun, image: str) -> None:
     assert outcomes[1][1].endswith("ONE")
     assert "GREETING=hello" in outcomes[2][1]
     assert [message for message, _ in outcomes[1:]] == ["All reference tasks succeeded."] * 4
-
-
-def test_secret(sidecar: Daemon, image: str, logs: list[tuple[str, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", sidecar.url)
-    names: dict[str, Any] = {}
-    exec(compile(example("secret"), "secret.py", "exec"), names)
-    with prefect.context(secrets={"API_KEY": "hunter2-of-the-tests"}):
-        state = names["flow"].run(parameters={"image": image})
-    assert state.is_successful(), state
-    assert any("the key has 20 characters" in text for _, _, text in logs)
-    assert not [text for _, _, text in logs if "hunter2" in text]
 
 
 def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:

@@ -15,18 +15,20 @@ import requests
 
 from flows.settings import PROJECT
 from scripts import engine as setup
-from scripts.engine import REGISTRY_IMAGE
+from scripts import registry
+from scripts.base import ANSWER_SECONDS, LABELS, REGISTRY_IMAGE, SetupError
+from scripts.images import can_pull
 from tests.conftest import PREFECT, busybox
 from tests.docker.conftest import Daemon
 
 
-def test_row_31_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
+def test_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
     """Whether there are images is the engine's to say, whatever this machine reaches itself."""
-    assert setup.can_pull(daemon, PREFECT)
-    assert not setup.can_pull(daemon, "docker-sidecar-tests/not-there:1")
+    assert can_pull(daemon, PREFECT)
+    assert not can_pull(daemon, "docker-sidecar-tests/not-there:1")
 
 
-def test_row_01_make_run_behind_a_proxy(sidecar: Daemon, image: str) -> None:
+def test_make_run_behind_a_proxy(sidecar: Daemon, image: str) -> None:
     """The engine on the loopback interface is not asked for through the proxy."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9", "no_proxy": ".corp"}
     environment = {**os.environ, **proxy, "DOCKER_HOST": sidecar.url, "IMAGE": image, "COMMAND": "echo no proxy"}
@@ -40,7 +42,7 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
     """`make run HOST_CONFIG=…` with a folder of this machine, in and out."""
     (tmp_path / "in").write_text("from here\n")
     name = busybox(engine, "docker-sidecar-tests:workspace")
-    image = f"{setup.REGISTRY}/{setup.push(engine, name, 'tests/workspace:1')}"
+    image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/workspace:1')}"
     environment = {**os.environ, "IMAGE": image, "COMMAND": "cp /workspace/in /workspace/out"}
     environment["HOST_CONFIG"] = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
     command = [sys.executable, "-m", "scripts.run"]
@@ -49,7 +51,7 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
     assert (tmp_path / "out").read_text() == "from here\n"
 
 
-def test_row_29_a_dockerd_that_cannot_start_leaves_what_is_there(
+def test_a_dockerd_that_cannot_start_leaves_what_is_there(
     engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = {container.id for container in engine.containers.list()}
@@ -61,7 +63,7 @@ def test_row_29_a_dockerd_that_cannot_start_leaves_what_is_there(
     monkeypatch.setattr(setup, "_started", [])  # the tests' own engine may be in it
     monkeypatch.setattr(setup.os, "geteuid", lambda: 0)
     monkeypatch.setattr(setup.sys, "platform", "linux")
-    with pytest.raises(setup.SetupError, match="no such luck"):
+    with pytest.raises(SetupError, match="no such luck"):
         setup.start()
     assert {container.id for container in engine.containers.list()} == before
 
@@ -69,29 +71,29 @@ def test_row_29_a_dockerd_that_cannot_start_leaves_what_is_there(
 def test_a_registry_is_waited_for_whatever_it_has_logged(
     engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "NAME", "docker-sidecar-slow")
-    monkeypatch.setattr(setup, "REGISTRY", "localhost:5058")
+    monkeypatch.setattr(registry, "NAME", "docker-sidecar-slow")
+    monkeypatch.setattr(registry, "REGISTRY", "localhost:5058")
     slow = engine.containers.create(
         REGISTRY_IMAGE,
         name="docker-sidecar-slow-registry",
         entrypoint=["sh", "-euc", "echo listening on; sleep 1; exec registry serve /etc/distribution/config.yml"],
-        labels=setup.LABELS,
+        labels=LABELS,
         ports={"5000/tcp": ("127.0.0.1", 5058)},
     )
     try:
-        setup.registry(engine)
-        assert requests.get("http://localhost:5058/v2/", timeout=setup.ANSWER_SECONDS).ok
+        registry.start(engine)
+        assert requests.get("http://localhost:5058/v2/", timeout=ANSWER_SECONDS).ok
     finally:
         slow.remove(force=True, v=True)
 
 
 def test_a_port_that_another_program_has(engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr(setup, "NAME", "docker-sidecar-taken")
-        monkeypatch.setattr(setup, "REGISTRY", f"localhost:{taken.getsockname()[1]}")
+        monkeypatch.setattr(registry, "NAME", "docker-sidecar-taken")
+        monkeypatch.setattr(registry, "REGISTRY", f"localhost:{taken.getsockname()[1]}")
         try:
-            with pytest.raises(setup.SetupError, match=f"{setup.REGISTRY}.* in use"):
-                setup.registry(engine)
+            with pytest.raises(SetupError, match=f"{registry.REGISTRY}.* in use"):
+                registry.start(engine)
         finally:
             engine.containers.get("docker-sidecar-taken-registry").remove(force=True)
             engine.volumes.get("docker-sidecar-taken-registry").remove()

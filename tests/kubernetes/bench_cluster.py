@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import time
 import uuid
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import docker
 import kubernetes.client
 import pytest
-import yaml
 
-from flows.settings import PROJECT, load_job_template
+from flows.settings import JOB_TEMPLATES, load_job_template
 from scripts import cluster
-from scripts.bench import IMAGE, in_turn, publish, spread, table
+from scripts.base import PREFECT
 from tests.kubernetes.conftest import Namespace, Run
+from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
 from tests.support.waiting import wait_for
 
 Row = dict[str, float]  # of a run, its events in seconds after the Job was created
 EVENTS = ("Running", "image pulled", "container exited", "Success", "flow ended", "daemon ended", "Complete")
-LIMITS = {"docker_sidecar": {"Success": 0.77, "Complete": 0.92}, "native_sidecar": {"Success": 0.6, "Complete": 0.75}}
-BASE = os.environ.get("BENCH_BASE", "9f27d3c")  # the commit with the job templates to compare with
-COLD, WARM = "empty store", "layers in the store"
-WATCHED = 60  # seconds that a Job is watched that does not end with its run
-LABEL = "prefect.io/flow_run_id"
+IMAGE, LABEL = PREFECT[0], "prefect.io/flow_run_id"
+TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
 pytestmark = pytest.mark.timeout(5400)
 
 
@@ -42,26 +36,31 @@ def on_the_node(engine: docker.DockerClient, script: str) -> str:
     return str(output.decode())
 
 
-def quiet(namespace: Namespace, engine: docker.DockerClient) -> None:
-    """Wait until no run is left, and the node has no graph store and nothing to write."""
-    namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
-    pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
-    wait_for(lambda: not pods().items, "no run is left", namespace.report, 120)
-    on_the_node(engine, "rm -rf /var/lib/docker-sidecar-bench-*; sync")
+@pytest.fixture
+def quiet(namespace: Namespace, engine: docker.DockerClient) -> Callable[[], None]:
+    """Wait until no run is left, and the node has no store and nothing to write."""
+
+    def quiet() -> None:
+        namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
+        pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
+        wait_for(lambda: not pods().items, "no run is left", namespace.report, 120)
+        on_the_node(engine, "rm -rf /var/lib/docker-sidecar-bench-*; sync")
+
+    return quiet
 
 
 @pytest.fixture
-def measure(submit: Callable[..., Run], namespace: Namespace, engine: docker.DockerClient) -> Callable[..., Row]:
+def measure(
+    submit: Callable[..., Run], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
+) -> Callable[..., Row]:
     """Run the flow on a template, and say when what happened."""
 
-    def measure(template: dict[str, Any], again: bool = False, ends: bool = True, **parameters: Any) -> Row:
+    def measure(template: dict[str, Any], again: bool = False, **parameters: Any) -> Row:
         if not again:
-            quiet(namespace, engine)
+            quiet()
         run = submit(template, command="true", **parameters)
         assert run.reaches("Success", "Failed").state == "Success", run.seen()
-        created, complete = namespace.jobs[run.record.id][0][0], [run.job_ends()[1]] if ends else []
-        if not ends:
-            time.sleep(WATCHED)
+        created, complete = namespace.jobs[run.record.id][0][0], run.job_ends()[1]
         # from the node, for Kubernetes gives whole seconds
         containers = f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
         seen = on_the_node(engine, f"crictl inspect $({containers})")
@@ -73,44 +72,31 @@ def measure(submit: Callable[..., Run], namespace: Namespace, engine: docker.Doc
 
         states = {state.state: state.timestamp for state in run.record.states}
         times = [states["Running"], logged("(Downloaded newer image|Image is up to date) for")]
-        times += [logged("exited with code"), states["Success"], *ended, *complete]
-        assert len(times) == (7 if ends else 5), seen
+        times += [logged("exited with code"), states["Success"], *ended, complete]
+        assert len(times) == len(EVENTS), seen
         return {event: (at - created).total_seconds() for event, at in zip(EVENTS, times)}
 
     return measure
 
 
-def on_node(name: str) -> dict[str, Any]:
-    """A template whose graph store is on the node. One run at a time uses the store, so it needs no slots."""
-    template = load_job_template(name)
-    [store] = [v for v in template["spec"]["template"]["spec"]["volumes"] if v["name"] == "docker-graph-store"]
-    store["hostPath"] = {"path": f"/var/lib/docker-sidecar-bench-{uuid.uuid4()}", "type": "DirectoryOrCreate"}
-    del store["emptyDir"]
-    return template
+def template(name: str) -> dict[str, Any]:
+    """A template; if it keeps its layers on the node, then in a folder of this run's own."""
+    job = load_job_template(name)
+    for volume in job["spec"]["template"]["spec"]["volumes"]:
+        if "hostPath" in volume:
+            volume["hostPath"]["path"] = f"/var/lib/docker-sidecar-bench-{uuid.uuid4()}"
+    return job
 
 
-def floor(namespace: Namespace, engine: docker.DockerClient) -> Row:
-    """Run native_sidecar's pod without an Agent, and with the Docker CLI in place of the flow."""
-    quiet(namespace, engine)
-    spec = on_node("native_sidecar")["spec"]["template"]["spec"]
-    script = f"until docker version; do sleep 0.1; done; docker pull --quiet {IMAGE}; docker run --rm {IMAGE} true"
-    spec["containers"][0].update(image=spec["initContainers"][0]["image"], command=["sh", "-ec", script])
-    name, started = f"floor-{uuid.uuid4()}", time.monotonic()
-    body = {"metadata": {"name": name, "labels": {LABEL: "floor"}}, "spec": spec}
-    namespace.core.create_namespaced_pod(namespace.name, body)
-
-    def ended() -> Any:
-        statuses = namespace.core.read_namespaced_pod(name, namespace.name).status.container_statuses
-        return statuses and statuses[0].state.terminated
-
-    assert wait_for(ended, "the container has run", namespace.report, 120).exit_code == 0, namespace.report()
-    spent = time.monotonic() - started
-    namespace.core.delete_namespaced_pod(name, namespace.name)
-    return {"Complete": spent}
-
-
-def middle(rows: list[Row], event: str) -> float:
-    return median(row[event] for row in rows)
+def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
+    """Run a Job without an Agent and without the flow."""
+    name, started = f"plain-{uuid.uuid4()}", time.monotonic()
+    pod = {"metadata": {"labels": {LABEL: name}}, "spec": {**spec, "restartPolicy": "Never"}}
+    body = {"metadata": {"name": name, "labels": {LABEL: name}}, "spec": {"backoffLimit": 0, "template": pod}}
+    namespace.batch.create_namespaced_job(namespace.name, body)
+    how, _ = wait_for(lambda: namespace.job_ended(name), "the Job has ended", namespace.report, 120)
+    assert how == "Complete", namespace.report()
+    return {"Complete": time.monotonic() - started}
 
 
 def events(runs: dict[str, list[Row]]) -> list[str]:
@@ -119,68 +105,79 @@ def events(runs: dict[str, list[Row]]) -> list[str]:
     return table(["seconds after the Job was created", *EVENTS], *cells)
 
 
+def middle(rows: list[Row], event: str) -> float:
+    return median(row[event] for row in rows)
+
+
 def timeline(runs: dict[str, list[Row]]) -> list[str]:
     """The medians as a Gantt chart, drawn by Mermaid."""
     lines = ["```mermaid", '%%{init: {"gantt": {"leftPadding": 230}}}%%', "gantt"]  # room for the names
-    lines += ["    dateFormat x", "    axisFormat %s s", "    tickInterval 10second"]
+    lines += ["    dateFormat x", "    axisFormat %s s"]
     for name, rows in runs.items():
-        ends = [0, *(round(1000 * middle(rows, event)) for event in EVENTS if event in rows[0])]
-        parts = [*zip(EVENTS, ends, ends[1:])]
-        parts += [] if "Complete" in rows[0] else [("the Job has not ended", ends[-1], ends[-1] + 1000 * WATCHED)]
+        ends = [0, *(round(1000 * middle(rows, event)) for event in EVENTS)]
+        parts = zip(EVENTS, ends, ends[1:])
         lines += [f"    section {name}", *(f"    {what} : {start}, {end}" for what, start, end in parts)]
     return [*lines, "```"]
 
 
-def test_one_run(measure: Callable[..., Row], namespace: Namespace, engine: docker.DockerClient) -> None:
-    def cold_and_warm(name: str) -> list[Row]:
-        template = on_node(name)
-        return [measure(template, image=IMAGE), measure(template, again=True, image=IMAGE)]
-
-    calls: dict[str, Callable[[], Any]] = {name: partial(cold_and_warm, name) for name in LIMITS}
-    found = in_turn(5, {**calls, "floor": partial(floor, namespace, engine)})
-    published = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-    options = [f"--registry-mirror={namespace.mirror()}", f"--insecure-registry={namespace.mirror()[7:]}"]
-    published["spec"]["template"]["spec"]["containers"][1]["args"] = options
-    runs = {"this flow on the published template": [measure(published, ends=False, image=IMAGE)]}
-    least, targets = middle(found.pop("floor"), "Complete"), []
-    for name, pairs in found.items():
-        cold, warm = runs[f"{name}, {COLD}"], runs[f"{name}, {WARM}"] = [list(rows) for rows in zip(*pairs)]
-        first, second = middle(cold, "Complete"), middle(warm, "Complete")
-        targets.append((f"{name}, {COLD}, over the floor", 1.25, first / least, "times"))
-        targets.append((f"{name}, {WARM}, over {COLD}", 0.4, second / first, "times"))
+def test_a_run_and_a_plain_job(measure: Callable[..., Row], namespace: Namespace, small_image: str) -> None:
+    spec = {"containers": [{"name": "plain", "image": small_image, "command": ["true"]}]}
+    calls: dict[str, Callable[[], Row]] = {name: partial(measure, template(name)) for name in TEMPLATES}
+    runs = in_turn(5, {**calls, "a plain Job": partial(plain, namespace, spec)})
+    job = runs.pop("a plain Job")
+    targets = [("gvisor_sidecar, until Success, over native_sidecar", 2.0, over, "times") for over in gvisor(runs)]
     version = kubernetes.client.VersionApi(namespace.api).get_code().git_version
-    text = f"""Kubernetes {version}. {IMAGE}, the container runs `true`, the graph store is on the node. Five rounds;
-the published template once, whose Job had not ended {WATCHED} s after the run. The floor is {least:.2f} s: the pod of
-native_sidecar, in which the Docker CLI pulls and runs the image, not the flow. Each bar ends with its event."""
-    publish("One run on the cluster", targets, text, *events(runs), *timeline(runs))
+    text = f"""Kubernetes {version}, a small image, the container runs `true`. Five rounds. A plain Job with the same
+image takes {spread([row["Complete"] for row in job])} s until it is Complete. Each bar ends with its event."""
+    publish(CLUSTER, targets, text, *events(runs), *timeline(runs))
 
 
-def test_the_templates_before_and_now(measure: Callable[..., Row]) -> None:
-    calls = {}
-    for name in LIMITS:
-        show = ["git", "show", f"{BASE}:job_templates/{name}.yaml"]
-        old = yaml.safe_load(subprocess.run(show, cwd=PROJECT, check=True, stdout=subprocess.PIPE).stdout)
-        calls[f"{name}, {BASE}"] = partial(measure, old)
-        calls[f"{name}, now"] = partial(measure, load_job_template(name))
-    runs, targets, rest = in_turn(10, calls), [], []
-    for name, limits in LIMITS.items():
-        before, now = runs[f"{name}, {BASE}"], runs[f"{name}, now"]
-        for event, limit in limits.items():
-            ratio = middle(now, event) / middle(before, event)
-            targets.append((f"{name}, until {event}, over {BASE}", limit, ratio, "times"))
-        rest.append(f"{name} {spread([row['Complete'] - row['daemon ended'] for row in now])} s")
-    text = f"""The templates of commit {BASE} and of now, with the flow of now and a small image. Ten rounds.
-After the daemon has ended, kubelet and the Job controller now take: {", ".join(rest)}."""
-    publish("The job templates before and now", targets, text, *events(runs))
+def gvisor(runs: dict[str, list[Row]]) -> list[float]:
+    """How much longer gVisor takes until Success."""
+    success = {name: middle(rows, "Success") for name, rows in runs.items()}
+    return [success[name] / success["native_sidecar"] for name in success if name == "gvisor_sidecar"]
+
+
+def test_the_first_pull(
+    measure: Callable[..., Row], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
+) -> None:
+    def floor() -> Row:
+        """Pull and run by the Docker CLI, in native_sidecar's pod."""
+        quiet()
+        spec = template("native_sidecar")["spec"]["template"]["spec"]
+        script = f"until docker version; do sleep 0.1; done; docker pull --quiet {IMAGE}; docker run --rm {IMAGE} true"
+        spec["containers"][0].update(image=spec["initContainers"][0]["image"], command=["sh", "-ec", script])
+        return plain(namespace, spec)
+
+    def cold_and_warm(name: str) -> list[Row]:
+        job = template(name)
+        rows = [measure(job, image=IMAGE)]
+        return [*rows, measure(job, again=True, image=IMAGE)] if name == "kept_layers" else rows
+
+    calls: dict[str, Callable[[], Any]] = {name: partial(cold_and_warm, name) for name in TEMPLATES}
+    found = in_turn(5, {**calls, "floor": floor})
+    least, runs, targets = middle(found.pop("floor"), "Complete"), {}, []
+    for name, pairs in found.items():
+        runs[name], *warm = [list(rows) for rows in zip(*pairs)]
+        if warm:
+            [runs[f"{name}, again"]] = warm
+            ratio = middle(warm[0], "Complete") / middle(runs[name], "Complete")
+            targets.append((f"{name}, a second run over the first", 0.4, ratio, "times"))
+        if name != "gvisor_sidecar":
+            ratio = middle(runs[name], "Complete") / least
+            targets.append((f"{name}, first pull, over the floor", 1.25, ratio, "times"))
+    text = f"""{IMAGE}, the container runs `true`. Five rounds. The floor is {least:.2f} s: the pod of native_sidecar,
+in which the Docker CLI pulls and runs the image, not the flow."""
+    publish(COLD, targets, text, *events(runs), *timeline(runs))
 
 
 def test_many_runs_at_once(submit: Callable[..., Run], namespace: Namespace) -> None:
     rows: list[list[str]] = []
-    for name in LIMITS:
+    for name in TEMPLATES:
         for count in (1, 5, 10, 20):
             started = time.monotonic()
             for run in [submit(load_job_template(name), command="true") for _ in range(count)]:
                 run.reaches("Success", timeout=600)
                 run.job_ends(600)
             rows.append([name, str(count), f"{time.monotonic() - started:.1f}"])
-    publish("Many runs at once, on one node", [], *table(["", "runs", "until all Jobs are complete, s"], *rows))
+    publish(MANY, [], *table(["", "runs", "until all Jobs are complete, s"], *rows))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -24,15 +24,15 @@ import pytest
 import urllib3
 from prefect.run_configs import KubernetesRun
 
-import scripts.engine
 from flows.settings import PROJECT, load_job_template
-from scripts import cluster
-from tests.conftest import busybox
+from scripts import cluster, registry
+from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-NAMESPACE = f"tests-{uuid.uuid4().hex[:8]}"
+NAMESPACE = SESSION
+SMALL_IMAGE = "tests/busybox:1"
 KUBECTL = f"""#!/bin/sh
 exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
 """
@@ -118,14 +118,29 @@ class Namespace:
         return "\n".join(lines)
 
 
+@contextmanager
+def clustered() -> Iterator[docker.DockerClient]:
+    """The engine with the cluster, and a small image in its registry. Asked for and not to be had is a failure."""
+    with provided() as client:
+        was_up = bool(cluster.node_of(client))
+        cluster.up(client)
+        registry.push(client, busybox(client), SMALL_IMAGE)
+        yield client
+        if not was_up:
+            cluster.down(client)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    set_up_before_workers(session, clustered)
+
+
 @pytest.fixture(scope="session")
 def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
-    """With the cluster; asked for and not to be had is a failure."""
-    was_up = bool(cluster.node_of(engine))
-    cluster.up(engine)
-    yield engine
-    if not was_up:
-        cluster.down(engine)
+    if WORKER:
+        yield engine
+    else:
+        with clustered():
+            yield engine
 
 
 @pytest.fixture(scope="session")
@@ -170,7 +185,7 @@ def readme(
     (home / "kubectl").chmod(0o755)
     names = {
         "http://your-server:4200": api.url,
-        "registry.example.com/team/": f"{scripts.engine.REGISTRY}/",
+        "registry.example.com/team/": f"{registry.REGISTRY}/",
         "namespace flows": f"namespace {NAMESPACE}",
         "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
     }
@@ -227,7 +242,7 @@ def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
-    readme("prefect agent kubernetes install")
+    readme("prefect agent kubernetes install --rbac")
 
     def running() -> str | None:
         pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
@@ -240,8 +255,7 @@ def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
 @pytest.fixture(scope="session")
 def small_image(engine: docker.DockerClient) -> str:
     """A small image, by a name that the pods' daemons can pull."""
-    path = scripts.engine.push(engine, busybox(engine), "tests/busybox:1")
-    return f"{scripts.engine.registry_address(engine, cluster.NETWORK)}/{path}"
+    return f"{registry.registry_address(engine, cluster.NETWORK)}/{SMALL_IMAGE}"
 
 
 @pytest.fixture(scope="session")
@@ -251,7 +265,7 @@ def gvisor(engine: docker.DockerClient) -> None:
         pytest.skip("gvisor_sidecar: the node has no gVisor, see docs/gvisor.md")
 
 
-@pytest.fixture(params=["docker_sidecar", "native_sidecar", "gvisor_sidecar"])
+@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"])
 def template_name(request: pytest.FixtureRequest) -> str:
     """The templates in turn, for tests of what all promise."""
     if request.param == "gvisor_sidecar":
@@ -262,6 +276,22 @@ def template_name(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def template(template_name: str) -> dict[str, Any]:
     return load_job_template(template_name)
+
+
+@pytest.fixture
+def patched(readme: Callable[..., str], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+    """Make native_sidecar with a patch, by the command of docs/template.md."""
+
+    def patched(patch: str) -> dict[str, Any]:
+        instead = {  # the tests' kubectl may be on the node, where these files are not
+            "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+            "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
+            "job_templates/own.yaml": str(tmp_path / "own.yaml"),
+        }
+        readme("kubectl patch --local", instead)
+        return load_job_template(str(tmp_path / "own.yaml"))
+
+    return patched
 
 
 def daemon_of(template: dict[str, Any]) -> dict[str, Any]:
@@ -303,9 +333,10 @@ class Run:
         self.wait(lambda: text in self.logs(), f"the run logs {text!r}", timeout)
 
     def container_writes(self, text: str) -> str:
-        """Wait until the container's output is in the run's logs, and return the name of the pod."""
-        self.wait(lambda: text in self.logs() or self.record.state == "Failed", f"the run logs {text!r}", 180)
-        assert text in self.logs(), self.seen()
+        """Wait until a line of the container is in the run's logs, and return the name of the pod."""
+        found = lambda: text in self.logs().splitlines()  # noqa: E731
+        self.wait(lambda: found() or self.record.state == "Failed", f"the run logs the line {text!r}", 180)
+        assert found(), self.seen()
         [pod] = self.namespace.pods(self.record.id)
         return str(pod.metadata.name)
 
@@ -319,7 +350,12 @@ def submit(
 
     def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(job_template=template, memory_request=memory, memory_limit=memory).serialize()
+        config = KubernetesRun(
+            job_template=template,
+            memory_request=memory,
+            memory_limit=memory,
+            labels=api.flows[flow_id].run_config["labels"],
+        ).serialize()
         run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
         runs.append(Run(namespace, api.flow_runs[run_id]))
         return runs[-1]

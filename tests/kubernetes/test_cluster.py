@@ -107,6 +107,16 @@ def test_daemon_killed_during_the_run(
     assert run.job_ends()[0] == ("Failed" if template_name == "docker_sidecar" else "Complete")
 
 
+@pytest.mark.parametrize("command", [["/no/such/program"], ["sh", "-euc", "no-such-flock 9"]], ids=["start", "lock"])
+def test_a_flow_that_cannot_start(submit: Submit, command: list[str]) -> None:
+    """With docker_sidecar no lock is taken, as without flock in the image or on another architecture."""
+    template = load_job_template("docker_sidecar")
+    template["spec"]["template"]["spec"]["containers"][0]["command"] = command
+    run = submit(template, command="true")
+    assert run.job_ends(150)[0] == "Failed"
+    run.reaches("Failed", timeout=2 * HEARTBEAT)
+
+
 def test_container_out_of_its_own_memory(submit: Submit, template: Template, template_name: str) -> None:
     eat, limits = ["sh", "-c", "x=eight888; while :; do x=$x$x; done"], {"mem_limit": "32m", "memswap_limit": "32m"}
     if template_name == "gvisor_sidecar":  # which has no such limits; Docker's words for that are in the run's logs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -78,7 +79,8 @@ def test_all_is_fine(preflight: Preflight, place: str, namespace: Namespace, tem
     namespace.core.create_namespaced_config_map(place, {"metadata": {"name": "docker-sidecar"}, "data": data})
     wrong, said = preflight(JOB_TEMPLATE=template_name)
     assert not wrong, said
-    assert {line.split()[0] for line in said.splitlines()} == {"fine"}, said
+    others = [line for line in said.splitlines() if line[13:30].strip() != "Agent"]  # this place has none
+    assert {line.split()[0] for line in others} == {"fine"}, said
     assert f"system:serviceaccount:{place}:default may create jobs" in said
     assert "docker-sidecar has logins for registry.example.com" in said
     assert "docker-sidecar sets ca.crt, mtu" in said
@@ -91,7 +93,8 @@ def test_no_namespace(preflight: Preflight) -> None:
     wrong, said = preflight(NAMESPACE="tests-nowhere")
     assert wrong == {"namespace"}, said
     assert "there is no 'tests-nowhere' → kubectl create namespace tests-nowhere && kubectl label" in said
-    assert said.count("not checked ") == said.count("because of the namespace") == 4
+    assert said.count("because of the namespace") == 4
+    assert said.count("because of the Job") == 1
 
 
 def test_the_agent_lacks_rights(preflight: Preflight, place: str, namespace: Namespace) -> None:
@@ -122,6 +125,38 @@ def test_the_config_map(preflight: Preflight, place: str, namespace: Namespace, 
     assert wrong == {"ConfigMap"}, said
     assert "the daemon.json of docker-sidecar is not a JSON object" in said
     assert f"→ kubectl edit configmap docker-sidecar --namespace {place}" in said
+
+
+@pytest.mark.parametrize("option", ["hosts", "data-root", "log-driver"])
+def test_a_daemon_json_that_conflicts_with_the_template(
+    preflight: Preflight, place: str, namespace: Namespace, template_name: str, option: str
+) -> None:
+    """dockerd does not start if a flag names what its configuration names."""
+    data = {"daemon.json": json.dumps({option: "x", "log-opts": {"max-size": "1m"}, "mtu": 1400})}
+    namespace.core.create_namespaced_config_map(place, {"metadata": {"name": "docker-sidecar"}, "data": data})
+    wrong, said = preflight(JOB_TEMPLATE=template_name)
+    assert wrong == {"ConfigMap"}, said
+    assert f"the daemon.json of docker-sidecar sets {option}, which the job template sets" in said
+
+
+AUTHS = {
+    "auth": {"auth": "dTpw"},
+    "plain": {"username": "u", "password": "p"},
+    "empty": {},
+    "half": {"username": "u", "password": ""},
+}
+
+
+@pytest.mark.parametrize(("names", "lost"), [(["auth", "plain"], []), (["auth", "empty", "half"], ["empty", "half"])])
+def test_logins(preflight: Preflight, place: str, namespace: Namespace, names: list[str], lost: list[str]) -> None:
+    """A login has auth, or a user name and a password. `docker login` with a credential store leaves neither."""
+    content = json.dumps({"auths": {f"{name}.example": AUTHS[name] for name in names}})
+    body = {"metadata": {"name": "docker-sidecar"}, "stringData": {".dockerconfigjson": content}}
+    namespace.core.create_namespaced_secret(place, {**body, "type": "kubernetes.io/dockerconfigjson"})
+    wrong, said = preflight()
+    assert wrong == ({"Secret"} if lost else set()), said
+    shown = f"names {', '.join(f'{name}.example' for name in lost)}, but" if lost else "auth.example, plain.example"
+    assert shown in said
 
 
 def test_a_secret_of_another_type(preflight: Preflight, place: str, namespace: Namespace) -> None:
@@ -157,32 +192,78 @@ POD = "spec.template.spec"
 @pytest.mark.parametrize(
     ("path", "value", "seen"),
     [
-        # row 19: what the API refuses of a Job, and not of a pod
-        pytest.param(f"{POD}.restartPolicy", "Always", "restartPolicy", id="row_19_restart_policy"),
-        pytest.param("metadata.namespace", "default", "namespace", id="row_19_namespace"),
-        pytest.param("metadata.name", "My_Job", "My_Job", id="row_19_name"),
-        pytest.param(f"{POD}.containers.0.securityContext", "restricted", "SecurityContext", id="row_22_true_reason"),
-        # row 24: what is no daemon
-        pytest.param(f"{POD}.containers.1.securityContext", "privileged", "SecurityContext", id="row_24_context"),
-        pytest.param(f"{POD}.containers.1.args", 5, "args", id="row_24_args"),
+        # what the API refuses of a Job, and not of a pod
+        pytest.param(f"{POD}.restartPolicy", "Always", "restartPolicy", id="restart_policy"),
+        pytest.param("metadata.namespace", "default", "namespace", id="namespace"),
+        pytest.param("metadata.name", "My_Job", "My_Job", id="name"),
+        pytest.param(f"{POD}.containers.0.securityContext", "restricted", "SecurityContext", id="context_of_the_flow"),
+        # what is no daemon
+        pytest.param(f"{POD}.containers.1.securityContext", "privileged", "SecurityContext", id="context"),
+        pytest.param(f"{POD}.containers.1.args", 5, "args", id="args"),
         pytest.param(f"{POD}.containers.0.gpu", {}, 'unknown field "spec.template.spec.containers[0]', id="typo"),
     ],
 )
 def test_what_the_api_server_refuses(preflight: Preflight, tmp_path: Path, path: str, value: Any, seen: str) -> None:
-    part: Any = (template := load_job_template("docker_sidecar"))
-    *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
-    for key in keys:
-        part = part[key]
-    part[last] = value
-    (tmp_path / "own.yaml").write_text(yaml.safe_dump(template))
-    wrong, said = preflight(JOB_TEMPLATE=str(tmp_path / "own.yaml"))
+    wrong, said = preflight(JOB_TEMPLATE=changed(tmp_path, {path: value}))
     assert wrong == {"Job"}, said
     assert seen in said
     assert "→ correct the template (JOB_TEMPLATE)" in said
 
 
+def changed(folder: Path, changes: dict[str, Any]) -> str:
+    """The path of a template that is docker_sidecar with other values."""
+    template = load_job_template("docker_sidecar")
+    for path, value in changes.items():
+        part: Any = template
+        *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
+        for key in keys:
+            part = part[key]
+        part[last] = value
+    (folder / "own.yaml").write_text(yaml.safe_dump(template))
+    return str(folder / "own.yaml")
+
+
+@pytest.mark.parametrize("seconds", [0, 5, 119, 120])
+def test_a_job_that_goes_too_soon(preflight: Preflight, tmp_path: Path, seconds: int) -> None:
+    wrong, said = preflight(JOB_TEMPLATE=changed(tmp_path, {"spec.ttlSecondsAfterFinished": seconds}))
+    assert wrong == ({"Job"} if seconds < 120 else set()), said
+    assert (f"ttlSecondsAfterFinished is {seconds}" in said) == (seconds < 120)
+
+
+def test_a_runtime_class_that_is_not_there(preflight: Preflight, tmp_path: Path) -> None:
+    wrong, said = preflight(JOB_TEMPLATE=changed(tmp_path, {f"{POD}.runtimeClassName": "not-there"}))
+    assert wrong == {"Job"}, said
+    assert 'RuntimeClass "not-there" not found → install its runtime, or use another JOB_TEMPLATE' in said
+
+
+def test_what_the_pod_needs_and_is_not_there(
+    preflight: Preflight, place: str, namespace: Namespace, tmp_path: Path
+) -> None:
+    env = [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "api-key", "key": "token"}}}]
+    env += [{"name": "B", "valueFrom": {"configMapKeyRef": {"name": "maybe", "key": "b", "optional": True}}}]
+    volumes = [{"name": name, "emptyDir": {}} for name in ("docker-graph-store", "alive", "tmp", "workspace")]
+    volumes += [{"name": "daemon-config", "configMap": {"name": "settings"}}]
+    volumes += [{"name": "registry-credentials", "persistentVolumeClaim": {"claimName": "data"}}]
+    own = changed(tmp_path, {f"{POD}.containers.1.env": env, f"{POD}.volumes": volumes})
+    wrong, said = preflight(JOB_TEMPLATE=own)
+    assert wrong == {"needed objects"}, said
+    assert "secret api-key" in said
+    assert "configmap settings" in said
+    assert "persistentvolumeclaim data" in said
+    assert "maybe" not in said
+    namespace.core.create_namespaced_secret(place, {"metadata": {"name": "api-key"}, "stringData": {"other": "x"}})
+    namespace.core.create_namespaced_config_map(place, {"metadata": {"name": "settings"}})
+    wrong, said = preflight(JOB_TEMPLATE=own)
+    assert "cannot start without key token of secret api-key, persistentvolumeclaim data →" in said
+    namespace.core.patch_namespaced_secret("api-key", place, {"stringData": {"token": "x"}})
+    claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
+    namespace.core.create_namespaced_persistent_volume_claim(place, {"metadata": {"name": "data"}, "spec": claim})
+    wrong, said = preflight(JOB_TEMPLATE=own)
+    assert not wrong, said
+
+
 @pytest.mark.parametrize("options", [["--host=unix:///var/run/docker.sock"], ["--host=tcp://localhost:2375"]])
-def test_row_23_what_is_not_understood_is_not_judged(preflight: Preflight, tmp_path: Path, options: list[str]) -> None:
+def test_what_is_not_understood_is_not_judged(preflight: Preflight, tmp_path: Path, options: list[str]) -> None:
     """Nor is a daemon without privileges, as sysbox runs it."""
     template = load_job_template("docker_sidecar")
     daemon = template["spec"]["template"]["spec"]["containers"][1]

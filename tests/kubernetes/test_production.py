@@ -9,13 +9,12 @@ from typing import Any
 
 import docker
 import pytest
-import yaml
 
+from flows.settings import load_job_template
 from scripts import cluster
 from tests.conftest import PREFECT, private_registry
 from tests.kubernetes.conftest import Namespace, Run, daemon_of
-from tests.kubernetes.test_cluster import FOREVER
-from tests.support.pages import example
+from tests.kubernetes.test_cluster import FOREVER, edited
 
 Submit = Callable[..., Run]
 
@@ -26,55 +25,61 @@ def volume(template: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 @pytest.fixture
-def on_node_storage(template: dict[str, Any], template_name: str) -> dict[str, Any]:
-    """The template with the edit that docs/kubernetes.md shows for layers that outlive the pod."""
-    edits = {
-        "docker_sidecar": example("layers-on-the-node-docker"),
-        "native_sidecar": example("layers-on-the-node-native"),
-    }
-    edit = yaml.safe_load(edits[template_name])
-    pod = template["spec"]["template"]["spec"]
-    for key, items in edit.items():
-        for item in items:
-            [found] = [it for it in pod[key] if it["name"] == item["name"]]
-            if "emptyDir" in found:
-                del found["emptyDir"]
-                item["hostPath"]["path"] += f"-{uuid.uuid4().hex[:8]}"
-            found.update(item)
-    return template
+def kept_layers(engine: docker.DockerClient) -> Iterator[dict[str, Any]]:
+    """The template with a store of the test's own on the node."""
+    template = load_job_template("kept_layers")
+    path = volume(template, "docker-graph-store")["hostPath"]["path"] = (
+        f"/var/lib/docker-sidecar-{uuid.uuid4().hex[:8]}"
+    )
+    yield template
+    engine.containers.get(cluster.NODE).exec_run(["rm", "-rf", path])
 
 
-def pull_seconds(run: Run) -> float:
-    run.logged(f"for {PREFECT} (")  # Downloaded newer image for, Image is up to date for
-    [found] = re.findall(rf"for {PREFECT} \((?:.*, )?([0-9.]+) s\)", run.logs())
-    return float(found)
-
-
-def test_the_second_run_on_a_node_pulls_nothing(
-    submit: Submit, namespace: Namespace, on_node_storage: dict[str, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
-    pulls, spans, outcomes = [], [], []
+def test_the_second_run_on_a_node_pulls_nothing(submit: Submit, kept_layers: dict[str, Any]) -> None:
+    outcomes = []
     for _ in range(2):
-        run = submit(on_node_storage, image=PREFECT, command="true")
+        run = submit(kept_layers, image=PREFECT, command="true")
         assert run.reaches("Success", "Failed").state == "Success", run.seen()
-        _, at = run.job_ends()
-        spans.append((at - namespace.jobs[run.record.id][0][2].metadata.creation_timestamp).total_seconds())
-        pulls.append(pull_seconds(run))
+        run.job_ends()
         outcomes += re.findall("Downloaded newer image|Image is up to date", run.logs())
-    with capsys.disabled():
-        print(
-            f"\ncold: pull {pulls[0]:.1f} s, Job {spans[0]:.1f} s; warm: pull {pulls[1]:.1f} s, Job {spans[1]:.1f} s "
-            f"({spans[1] / spans[0]:.0%})"
-        )
     assert outcomes == ["Downloaded newer image", "Image is up to date"]
 
 
-def test_two_runs_at_once_use_two_slots(submit: Submit, namespace: Namespace, on_node_storage: dict[str, Any]) -> None:
-    runs = [submit(on_node_storage, command=FOREVER) for _ in range(2)]
+def test_a_second_run_may_use_the_name_of_the_first_ones_container(
+    submit: Submit, namespace: Namespace, kept_layers: dict[str, Any]
+) -> None:
+    """What an earlier run left in a slot is gone before the flow starts."""
+    first = submit(kept_layers, command=FOREVER)
+    pod = first.container_writes("up")
+    namespace.execute(pod, "dind-daemon", "docker", "volume", "create", "left")
+    namespace.core.delete_namespaced_pod(pod, namespace.name, grace_period_seconds=0)
+    first.job_ends()
+    second = submit(kept_layers, command=FOREVER)
+    pod = second.container_writes("up")
+    left = "docker ps --all --quiet | wc -l; docker volume ls --quiet | wc -l"
+    assert namespace.execute(pod, "dind-daemon", "sh", "-c", left).split() == ["1", "0"]
+
+
+def test_two_runs_at_once_use_two_slots(submit: Submit, namespace: Namespace, kept_layers: dict[str, Any]) -> None:
+    runs = [submit(kept_layers, command=FOREVER) for _ in range(2)]
     pods = [run.container_writes("up") for run in runs]
     ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
-    roots = {namespace.execute(pod, "dind-daemon", *ask).strip() for pod in pods}
-    assert roots == {"/var/lib/docker/0", "/var/lib/docker/1"}
+    assert {namespace.execute(pod, "dind-daemon", *ask).strip() for pod in pods} == {"/store/0", "/store/1"}
+
+
+def test_more_runs_than_slots(submit: Submit, namespace: Namespace, kept_layers: dict[str, Any]) -> None:
+    template = edited(kept_layers, "0 1 2 3 4 5 6 7", "0")
+    first = submit(template, command=FOREVER)
+    first.container_writes("up")
+    second = submit(template, command="echo in the pod's own store")
+    assert second.reaches("Success", "Failed").state == "Success", second.seen()
+
+
+def test_a_configuration_that_dockerd_refuses(submit: Submit, kept_layers: dict[str, Any]) -> None:
+    """The hook gives up with the daemon, so that the flow starts and says what is wrong."""
+    daemon_of(kept_layers)["args"].append("--mtu=many")
+    run = submit(kept_layers, command="true")
+    assert "dind-daemon" in run.reaches("Failed", "Success").message
 
 
 def test_a_hungry_container_takes_its_pod_not_the_node(

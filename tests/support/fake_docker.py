@@ -5,16 +5,17 @@ It has one container. A test says what the daemon answers: the events of a pull,
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Union
-from urllib.parse import parse_qs, urlsplit
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
 
 ID = "c0ffee" * 10
-Item = Union[bytes, Callable[[], Any]]  # bytes to send, or something to do or to wait for before the next item
+Item = bytes | Callable[[], Any]  # bytes to send, or something to do or to wait for before the next item
 
 
 def frame(stream: int, data: bytes) -> bytes:
@@ -35,9 +36,11 @@ class FakeDocker(ThreadingHTTPServer):
         self.pull: Iterable[Any] = [  # events, or callables
             {"status": "Status: Image is up to date for app:1"}
         ]
-        self.streams: list[list[Item]] = [[]]  # of output: the first request gets the first one, and so on
+        self.images: set[str] = set()  # that the daemon has
+        self.streams: list[Iterable[Item]] = [[]]  # of output: the first request gets the first one, and so on
         self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
-        self.end = b""  # of the output, when it is asked for without "follow"
+        self.end: Iterable[Item] = []  # of the output, when it is asked for without "follow"
+        self.logs: tuple[dict[str, str], int] | None = None  # an answer instead of output
         self.exited = threading.Event()
         self.exited.set()
         self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
@@ -70,13 +73,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         request, query = f"{self.command} {path}", {key: value[0] for key, value in parse_qs(url.query).items()}
         fake = self.server
-        fake.requests.append((request, {**query, "body": body.decode()}))
+        login = base64.urlsafe_b64decode(self.headers.get("X-Registry-Auth") or "").decode()
+        fake.requests.append((request, {**query, "body": body.decode(), "login": login}))
         if fake.gone and path.startswith("/containers"):
             self.json({"message": f"No such container: {ID}"}, 404)
         elif path == "/version":
             self.json(*fake.version)
-        elif path == "/info":
-            self.json({"LoggingDriver": "json-file"})
+        elif path.startswith("/images/") and path.endswith("/json"):
+            name = unquote(path).removeprefix("/images/").removesuffix("/json")
+            self.json(*(({"Id": "1"}, 200) if name in fake.images else ({"message": f"No such image: {name}"}, 404)))
         elif path == "/images/create":
             self.stream(item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull)
         elif path == "/containers/create":
@@ -89,10 +94,12 @@ class _Handler(BaseHTTPRequestHandler):
             if fake.result is None:
                 raise ConnectionResetError
             self.json(fake.result)
+        elif path == "/containers/logs" and fake.logs:
+            self.json(*fake.logs)
         elif path == "/containers/logs" and query.get("follow") == "1":
             self.stream(fake.streams.pop(0) if fake.streams else [])
         elif path == "/containers/logs":
-            self.stream([fake.end])
+            self.stream(fake.end)
         elif path == "/containers/stop":
             fake.exited.set()
             self.json(None, 204)

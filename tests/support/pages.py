@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from typing import Any
 
 from markdown_it import MarkdownIt
 
@@ -57,3 +60,15 @@ def example(name: str) -> str:
     """The text of the code block of that name."""
     [text] = [text for _, found, text in blocks() if found == name]
     return text
+
+
+def parameters(text: str) -> dict[str, Any]:
+    """What `prefect run` takes the lines of an example for, each of which is `--param NAME=VALUE`."""
+    found: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, _, value = shlex.split(line, comments=True)[1].partition("=")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found

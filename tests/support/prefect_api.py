@@ -4,98 +4,81 @@ Prefect Server is five container images, and not every machine can pull them. Wh
 register, run, watch, cancel and log flows is little, and this module answers just that. What it does not
 understand is an error to the client, and is kept in `PrefectAPI.errors` for the test to see.
 
-It follows the server's rules (https://github.com/PrefectHQ/server, src/prefect_server/api) and the few
-filters of Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that it is sent. Left
-out: schedules, concurrency limits, Lazarus, zombie killer, artifacts, key-value store, tenants, any login.
-
-`python -m tests.support.prefect_api --host 127.0.0.1 --port 4200` keeps one running in the foreground.
+It follows the server's rules (https://github.com/PrefectHQ/server, src/prefect_server/api), the few filters of
+Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that it is sent, and what Apollo and
+PostgreSQL refuse. Its services do their work when a test says so. Left out: schedules, concurrency limits,
+artifacts, key-value store, tenants, any login.
 """
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import json
-import logging
 import operator
 import os
+import re
 import threading
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
-from typing import Any, Callable, NamedTuple
+from typing import Any
 
 from graphql import build_schema, graphql_sync
-from prefect.engine.state import Cancelled, Cancelling, Pending, Scheduled, State
+from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Retrying, Scheduled, State
 from prefect.utilities.graphql import decompress
 
-logger = logging.getLogger(__name__)
-
-# What the client asks for. It names the types of the inputs, too, but what is in them is said once, by the
-# signatures in `Store`: here they are scalars.
-SCHEMA = build_schema("""
+MUTATIONS = {  # by what they answer; what is in their inputs is said once, by the signatures in `Store`
+    "project": "create_project",
+    "flow": "create_flow_from_compressed_string",
+    "flow_run": "create_flow_run cancel_flow_run",
+    "task_run": "get_or_create_task_run_info",
+    "set_states": "set_flow_run_states set_task_run_states",
+    "success": "register_tasks register_edges set_schedule_active update_flow_run_heartbeat write_run_logs",
+    "agent": "register_agent",
+    "queue": "get_runs_in_queue",
+}
+NAMES = {name: answer for answer, names in MUTATIONS.items() for name in names.split()}
+INPUTS = " ".join(f"scalar {name}_input" for name in NAMES)
+FIELDS = " ".join(f"{name}(input: {name}_input!): {answer}" for name, answer in NAMES.items())
+TYPES = """
 scalar DateTime scalar JSON
-scalar create_project_input scalar create_flow_input scalar create_flow_from_compressed_string_input
-scalar register_tasks_input scalar register_edges_input scalar set_schedule_active_input
-scalar create_flow_run_input scalar cancel_flow_run_input scalar set_flow_run_states_input
-scalar set_task_run_states_input scalar set_task_run_name_input scalar write_run_logs_input
-scalar register_agent_input scalar get_runs_in_queue_input
-
 type Query {
   hello: String agent: [agent!] tenant: [tenant!] project(where: JSON): [project!]
-  flow(where: JSON, order_by: JSON, limit: Int): [flow!] flow_by_pk(id: ID!): flow
+  flow(where: JSON, order_by: JSON, limit: Int): [flow!] task_run(where: JSON): [task_run!]
   flow_run(where: JSON): [flow_run!] flow_run_by_pk(id: ID!): flow_run
-  task_run(where: JSON, order_by: JSON, limit: Int): [task_run!] get_task_run_info(task_run_id: ID!): task_run
-}
-type Mutation {
-  create_project(input: create_project_input!): project
-  create_flow(input: create_flow_input!): flow
-  create_flow_from_compressed_string(input: create_flow_from_compressed_string_input!): flow
-  register_tasks(input: register_tasks_input!): success
-  register_edges(input: register_edges_input!): success
-  set_schedule_active(input: set_schedule_active_input!): success
-  create_flow_run(input: create_flow_run_input!): flow_run
-  cancel_flow_run(input: cancel_flow_run_input!): flow_run
-  set_flow_run_states(input: set_flow_run_states_input!): set_states
-  set_task_run_states(input: set_task_run_states_input!): set_states
-  set_task_run_name(input: set_task_run_name_input!): success
-  get_or_create_task_run_info(input: JSON!): task_run
-  update_flow_run_heartbeat(input: JSON!): success
-  write_run_logs(input: write_run_logs_input!): success
-  register_agent(input: register_agent_input!): agent
-  get_runs_in_queue(input: get_runs_in_queue_input!): queue
 }
 type agent { id: ID name: String labels: [String!] last_queried: DateTime }
-type tenant { id: ID name: String slug: String }
-type project { id: ID name: String }
+type tenant { id: ID name: String slug: String } type project { id: ID name: String }
 type flow {
   id: ID name: String version: Int archived: Boolean settings: JSON core_version: String project: project
-  flow_group_id: ID flow_group: flow_group
-  serialized_flow: JSON storage: JSON run_config: JSON environment: JSON
+  flow_group: flow_group serialized_flow: JSON storage: JSON run_config: JSON environment: JSON
 }
 type flow_group { labels: [String!] }
 type flow_run {
   id: ID name: String flow_id: ID flow: flow updated: DateTime scheduled_start_time: DateTime
   labels: [String!] parameters: JSON context: JSON run_config: JSON
-  version: Int state: String serialized_state: JSON states(where: JSON): [state!]
+  version: Int state: String serialized_state: JSON states: [state!]
   task_runs(where: JSON): [task_run!] logs(where: JSON, order_by: JSON): [log!]
 }
 type task_run {
-  id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID
-  version: Int serialized_state: JSON state_start_time: DateTime
+  id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID version: Int serialized_state: JSON
 }
-type task { id: ID slug: String }
-type state { timestamp: DateTime created: DateTime start_time: DateTime serialized_state: JSON }
-type log { timestamp: DateTime level: String message: String }
-type success { success: Boolean }
-type set_states { states: [set_state!] }
-type set_state { id: ID status: String message: String }
+type task { id: ID slug: String } type state { timestamp: DateTime serialized_state: JSON }
+type log { timestamp: DateTime level: String message: String } type success { success: Boolean }
+type set_states { states: [set_state!] } type set_state { id: ID status: String message: String }
 type queue { flow_run_ids: [ID!] }
-""")
+"""
+SCHEMA = build_schema(f"{TYPES} {INPUTS} type Mutation {{ {FIELDS} }}")
 
 SCHEDULED = ["Scheduled", "Resume", "Retrying", "Paused", "Queued"]  # what an agent may take, when it is due
+RESTARTED = ["Failed", "TimedOut", "TriggerFailed", "Cancelled"]  # the tasks that the button of the UI resets
+LEVELS = ["NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LAZARUS, NO_HEARTBEAT = "Rescheduled by a Lazarus process.", "No heartbeat detected from the remote task; "
+BODY_LIMIT = 5 * 1024 * 1024  # bytes
+NUL_REFUSED = "unsupported Unicode escape sequence"
+NUL = re.compile(r"\0|(?<!\\)(?:\\\\)*\\u0000")  # as it is, or escaped in JSON
 
 
 class RefusedError(Exception):
@@ -110,13 +93,9 @@ def resolve(source: Any, info: Any, **args: Any) -> Any:
     return select(value, **args) if args else value
 
 
-# ---------------------------------------------------------------------------------------------- filters
-
 OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "_eq": operator.eq,
-    "_neq": operator.ne,
     "_gt": operator.gt,
-    "_gte": operator.ge,
     "_lte": operator.le,
     "_in": lambda value, operand: value in operand,
     "_nin": lambda value, operand: value not in operand,
@@ -143,21 +122,28 @@ def _passes(value: Any, key: str, operand: Any) -> bool:
     if key in ("_and", "_or"):
         wheres = operand if isinstance(operand, list) else [operand]
         return (all if key == "_and" else any)([matches(value, where) for where in wheres])
-    if key == "_is_null":
-        return (value is None) == bool(operand)
     if key in OPERATORS:
         operand = time_of(operand) if isinstance(value, datetime) else operand
         return value is not None and OPERATORS[key](value, operand)  # as in SQL, null equals nothing
     if key.startswith("_"):
         raise NotImplementedError(f"operator {key}")
+    if key == "id" or key.endswith("_id"):
+        for ids in operand.values():
+            check_ids(*(ids if isinstance(ids, list) else [ids]))
     return matches(getattr(value, key), operand)
-
-
-# ------------------------------------------------------------------------------------------------ store
 
 
 def new_id() -> str:
     return str(uuid.uuid4())
+
+
+def check_ids(*ids: str) -> None:
+    """Refuse what is no UUID, as PostgreSQL does."""
+    for found in ids:
+        try:
+            uuid.UUID(found)
+        except (ValueError, TypeError, AttributeError):
+            raise RefusedError(f"invalid input syntax for type uuid: {found!r}") from None
 
 
 def time_of(text: str | None) -> datetime:
@@ -166,39 +152,23 @@ def time_of(text: str | None) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
-class RunState(NamedTuple):
-    timestamp: datetime
-    state: str
-    message: str | None
-    start_time: datetime | None
-    serialized_state: dict[str, Any]
-    created: datetime
-
-
-class Log(NamedTuple):
-    timestamp: datetime
-    level: str
-    name: str | None
-    message: str | None
-
-
 @dataclass(eq=False)
 class Run:
     """What flow runs and task runs share: a history, whose last entry is the state that the run is in."""
 
     id: str = field(default_factory=new_id, init=False)
-    states: list[RunState] = field(default_factory=list, init=False, repr=False)
+    states: list[SimpleNamespace] = field(default_factory=list, init=False, repr=False)
 
     version = property(lambda self: len(self.states) - 1)  # a run begins as Pending with version 0
     state = property(lambda self: self.states[-1].state)
     message = property(lambda self: self.states[-1].message)
     serialized_state = property(lambda self: self.states[-1].serialized_state)
     state_start_time = property(lambda self: self.states[-1].start_time)
-    state_timestamp = updated = property(lambda self: self.states[-1].timestamp)
+    updated = property(lambda self: self.states[-1].timestamp)
 
     def enter(self, state: State) -> None:
-        time, start_time = time_of(None), getattr(state, "start_time", None)
-        entry = RunState(time, type(state).__name__, state.message, start_time, state.serialize(), time)
+        entry = SimpleNamespace(timestamp=time_of(None), state=type(state).__name__, message=state.message)
+        entry.start_time, entry.serialized_state = getattr(state, "start_time", None), state.serialize()
         self.states.append(entry)
 
 
@@ -210,9 +180,7 @@ class TaskRun(Run):
     name: str | None = None
 
     task_id = property(lambda self: self.task.id)
-    cache_key = property(lambda self: self.task.cache_key)
     flow_run_id = property(lambda self: self.flow_run.id)
-    flow = property(lambda self: self.flow_run.flow)
 
 
 @dataclass(eq=False)
@@ -224,9 +192,8 @@ class FlowRun(Run):
     context: dict[str, Any]
     run_config: dict[str, Any] | None
     scheduled_start_time: datetime
-    idempotency_key: str | None
     task_runs: list[TaskRun] = field(default_factory=list)
-    logs: list[Log] = field(default_factory=list, repr=False)
+    logs: list[SimpleNamespace] = field(default_factory=list, repr=False)
     heartbeats: int = 0
 
     flow_id = property(lambda self: self.flow.id)
@@ -241,10 +208,8 @@ class FlowRun(Run):
         """What the run has been through, for a test that gives up on it."""
         events = [(entry.timestamp, entry.state, entry.message) for entry in self.states]
         events += [(log.timestamp, log.level, log.message) for log in self.logs]
-        lines = [
-            f"{time:%H:%M:%S.%f} {kind}: {message}"
-            for time, kind, message in sorted(events, key=lambda event: event[0])
-        ]
+        events.sort(key=operator.itemgetter(0))
+        lines = [f"{time:%H:%M:%S.%f} {kind}: {message}" for time, kind, message in events]
         return "\n".join([f"flow run {self.name} {self.task_states}", *lines])
 
     def add_task_run(self, task: SimpleNamespace, map_index: int = -1) -> TaskRun:
@@ -271,16 +236,12 @@ class Store:
     flow_run = property(lambda self: list(self.flow_runs.values()))
     task_run = property(lambda self: [task_run for run in self.flow_run for task_run in run.task_runs])
 
-    def flow_by_pk(self, id: str) -> Any:
-        return self.flows.get(id)
-
     def flow_run_by_pk(self, id: str) -> Any:
+        check_ids(id)
         return self.flow_runs.get(id)
 
-    def get_task_run_info(self, task_run_id: str) -> Any:
-        return self._find(self.task_run, task_run_id, "Invalid task run ID")
-
     def _find(self, rows: list[Any], id: str, refusal: str) -> Any:
+        check_ids(id)
         for row in rows:
             if row.id == id:
                 return row
@@ -292,32 +253,32 @@ class Store:
         self.project.append(SimpleNamespace(id=new_id(), name=name))
         return self.project[-1]
 
-    def create_flow_from_compressed_string(self, serialized_flow: str, **input: Any) -> Any:
-        return self.create_flow(decompress(serialized_flow), **input)
-
-    def create_flow(
+    def create_flow_from_compressed_string(
         self,
-        serialized_flow: dict[str, Any],
+        serialized_flow: Any,
         project_id: str,
-        version_group_id: str | None = None,
         set_schedule_active: bool = True,
+        version_group_id: None = None,
         idempotency_key: str | None = None,
     ) -> Any:
         """Add a version to the project's flow of this name, unless the last one came with the same key."""
-        if version_group_id:
-            raise NotImplementedError("version_group_id")
+        serialized_flow = decompress(serialized_flow)
+        if NUL.search(json.dumps(serialized_flow)):
+            raise RefusedError(NUL_REFUSED)
         project = self._find(self.project, project_id, "Invalid project")
         versions = [f for f in self.flow if f.project is project and f.name == serialized_flow["name"]]
         if versions and idempotency_key and versions[-1].flow_group.idempotency_key == idempotency_key:
             return versions[-1]
         flow = SimpleNamespace(environment=None, settings={}, created=time_of(None), **serialized_flow)
         flow.id, flow.version, flow.archived, flow.project = new_id(), len(versions) + 1, False, project
-        flow.flow_group = versions[-1].flow_group if versions else SimpleNamespace(id=new_id(), labels=None)
-        flow.flow_group_id = flow.flow_group.id
+        flow.flow_group = versions[-1].flow_group if versions else SimpleNamespace(labels=None)
         flow.flow_group.idempotency_key = idempotency_key
         flow.core_version, flow.serialized_flow = serialized_flow["__version__"], serialized_flow
         for old in versions:
             old.archived = True
+            for run in self.flow_run:
+                if run.flow is old and run.state == "Scheduled":
+                    self.enter(run, Cancelled("Flow run cancelled: its flow is archived"))
         self.flows[flow.id] = flow
         flow.tasks = []
         self.register_tasks(flow.id, serialized_flow.get("tasks", []))
@@ -328,7 +289,7 @@ class Store:
         flow = self._find(self.flow, flow_id, "Invalid flow ID")
         known = {task.slug for task in flow.tasks}
         flow.tasks += [
-            SimpleNamespace(id=new_id(), slug=task["slug"], cache_key=task.get("cache_key"))
+            SimpleNamespace(id=new_id(), slug=task["slug"], max_retries=task.get("max_retries") or 0)
             for task in serialized_tasks
             if task["slug"] not in known
         ]
@@ -343,18 +304,15 @@ class Store:
         self,
         flow_id: str,
         flow_run_name: str | None = None,
-        idempotency_key: str | None = None,
+        idempotency_key: str | None = None,  # the client sends one, for requests that it repeats
         labels: list[str] | None = None,
         parameters: dict[str, Any] | None = None,
         context: dict[str, Any] | None = None,
         run_config: dict[str, Any] | None = None,
         scheduled_start_time: str | None = None,
     ) -> Any:
-        """Schedule a run, for now if no time is given; a key that came before gives the run that it made."""
+        """Schedule a run, for now if no time is given."""
         flow = self._find(self.flow, flow_id, "Flow not found:")
-        for run in self.flow_run:
-            if idempotency_key and run.idempotency_key == idempotency_key and run.flow is flow:
-                return run
         if flow.archived:
             raise RefusedError(f"Flow {flow_id} is archived.")
         parameters, run_config = parameters or {}, run_config or flow.run_config or {}
@@ -363,7 +321,7 @@ class Store:
         labels = sorted((run_config.get("labels") or []) if labels is None else labels)
         name = flow_run_name or f"{flow.name}-{len(self.flow_runs) + 1}"
         start_time = time_of(scheduled_start_time)
-        run = FlowRun(flow, name, labels, parameters, context or {}, run_config or None, start_time, idempotency_key)
+        run = FlowRun(flow, name, labels, parameters, context or {}, run_config or None, start_time)
         run.enter(Pending("Flow run created"))
         run.enter(Scheduled("Flow run scheduled.", start_time=start_time))
         for task in flow.tasks:
@@ -384,37 +342,32 @@ class Store:
         for item in states:
             run_id, state = item.get("flow_run_id") or item["task_run_id"], State.deserialize(item["state"])
             run = self._find([*self.flow_run, *self.task_run], run_id, "State update failed for run ID")
-            # The server looks at versions only if the flow's settings say so, which by default they do not.
-            # (VERSION_LOCKING_ERROR, which the client knows as well, comes from Prefect Cloud only.)
-            locking = run.flow.settings.get("version_locking_enabled")
-            if locking and item.get("version") not in (None, run.version):
-                raise RefusedError(f"State update failed for run ID {run_id}: it has version {run.version}")
             if isinstance(run, TaskRun) and state.is_running() and run.flow_run.state != "Running":
                 raise RefusedError(f"State update failed for run ID {run_id}: its flow run is not running")
-            run.enter(state)
-            if isinstance(run, FlowRun) and isinstance(state, Cancelled):
-                for task_run in run.task_runs:
-                    if not State.deserialize(task_run.serialized_state).is_finished():
-                        task_run.enter(state)
+            just_now = run.updated > time_of(None) - timedelta(seconds=30)
+            if state.is_submitted() and run.state == "Submitted" and just_now:
+                raise RefusedError(f"State update failed for run ID {run_id}: it has already been submitted")
+            self.enter(run, state)
             done.append(SimpleNamespace(id=run_id, status="SUCCESS", message=None))
         return SimpleNamespace(states=done)
 
     set_task_run_states = set_flow_run_states
+
+    def enter(self, run: Run, state: State) -> None:
+        """Let a run enter a state, and the unfinished tasks of a cancelled run with it."""
+        run.enter(state)
+        for task_run in run.task_runs if isinstance(run, FlowRun) and isinstance(state, Cancelled) else []:
+            if not State.deserialize(task_run.serialized_state).is_finished():
+                task_run.enter(state)
 
     def cancel_flow_run(self, flow_run_id: str) -> Any:
         """Cancel a run; one that is running is told to (Cancelling), the rest is its CloudFlowRunner's."""
         run = self._find(self.flow_run, flow_run_id, "Invalid flow run ID")
         state = State.deserialize(run.serialized_state)
         if not state.is_finished():
-            cancel: State = Cancelling("Flow run is cancelling")
-            if not state.is_running():
-                cancel = Cancelled("Flow run is cancelled")
-            self.set_flow_run_states([{"flow_run_id": run.id, "state": cancel.serialize()}])
+            cancel = Cancelling if state.is_running() else Cancelled
+            self.enter(run, cancel("The flow run is cancelled"))
         return run
-
-    def set_task_run_name(self, task_run_id: str, name: str) -> Any:
-        self.get_task_run_info(task_run_id).name = name
-        return self.success
 
     def update_flow_run_heartbeat(self, flow_run_id: str) -> Any:
         self._find(self.flow_run, flow_run_id, "Invalid flow run ID").heartbeats += 1
@@ -424,8 +377,11 @@ class Store:
         # `prefect execute flow-run` sends one log as it is, which GraphQL takes for a list of one.
         for log in [logs] if isinstance(logs, dict) else logs:
             run = self._find(self.flow_run, log["flow_run_id"], "Invalid flow run ID")
-            entry = Log(time_of(log.get("timestamp")), log["level"], log.get("name"), log.get("message"))
-            run.logs.append(entry)
+            check_ids(log.get("task_run_id") or run.id)
+            if log["level"] not in LEVELS:
+                raise RefusedError(f"invalid input value for enum log_level: {log['level']!r}")
+            time = time_of(log.get("timestamp"))
+            run.logs.append(SimpleNamespace(timestamp=time, level=log["level"], message=log.get("message")))
         return self.success
 
     def register_agent(self, type: str, name: str, labels: list[str], tenant_id: str, agent_config_id: None) -> Any:
@@ -438,26 +394,25 @@ class Store:
         runs = select(self.flow_run, {"_or": [due, {"state": {"_eq": "Running"}, "task_runs": due}]})
         # An agent with labels takes runs with some of these and no other; one without, runs without.
         fit = [run.id for run in runs if set(run.labels) <= set(labels) and bool(run.labels) == bool(labels)]
-        return SimpleNamespace(flow_run_ids=fit)
-
-
-# ----------------------------------------------------------------------------------------------- server
+        return SimpleNamespace(flow_run_ids=fit[:25])
 
 
 class PrefectAPI(ThreadingHTTPServer):
     """Serves a `Store` over HTTP, from a thread of its own, as long as the `with` statement lasts.
 
-    Args:
-        host: the address to listen on. Pods use the address that their agent uses, so where there are any, it
-            has to be one of this machine's own that leads here from a pod, too.
-        port: the port to listen on; 0 takes any free one.
-
+    Pods use the address that their agent uses, so `host` has to lead here from a pod, too, where there are any.
     """
 
-    def __init__(self, host: str = "127.0.0.1", port: int = 0) -> None:
-        super().__init__((host, port), _Handler)
+    def __init__(self, host: str = "127.0.0.1") -> None:
+        super().__init__((host, 0), _Handler)
         self.url = f"http://{host}:{self.server_port}"
-        self.env = client_env(self.url)
+        self.env = {  # points the CLI, an agent or `prefect execute flow-run` here, whatever the user has set up
+            "PREFECT__BACKEND": "server",
+            "PREFECT__CLOUD__API": self.url,
+            "PREFECT__CLOUD__API_KEY": "",
+            "PREFECT__USER_CONFIG_PATH": os.devnull,
+            "PREFECT__BACKEND_CONFIG_PATH": os.devnull,
+        }
         self.errors: list[str] = []  # what was asked for and is not understood: a test wants this empty
         self._store = Store()
         self.flows = self._store.flows
@@ -483,29 +438,47 @@ class PrefectAPI(ThreadingHTTPServer):
             self._store.cancel_flow_run(flow_run_id)
 
     def restart(self, flow_run_id: str) -> None:
-        """Restart a failed run as the UI's button does. Tasks that had succeeded stay as they are."""
+        """Restart a run as the UI's button does. Tasks that had succeeded stay as they are."""
         with self._lock:
             run = self.flow_runs[flow_run_id]
             for task_run in run.task_runs:
-                if State.deserialize(task_run.serialized_state).is_failed():
+                if task_run.state in RESTARTED:
                     task_run.enter(Pending("Task run restarted"))
             run.enter(Scheduled("Flow run restarted"))
 
+    def kill_zombies(self, flow_run_id: str) -> None:
+        """Do what the zombie killer does if the last heartbeats of a run's tasks are 10 minutes old."""
+        with self._lock:
+            for task_run in self.flow_runs[flow_run_id].task_runs:
+                if task_run.state == "Running":
+                    runs = [entry.state for entry in task_run.states].count("Running")
+                    retried = Retrying(NO_HEARTBEAT + "retrying the run.", run_count=runs, start_time=time_of(None))
+                    failed = Failed(NO_HEARTBEAT + "marking the run as failed.")
+                    task_run.enter(retried if runs <= task_run.task.max_retries else failed)
+
+    def lazarus(self, flow_run_id: str) -> None:
+        """Do what Lazarus does if the last heartbeat of a run is 10 minutes old."""
+        with self._lock:
+            run = self.flow_runs[flow_run_id]
+            alive = {task_run.state for task_run in run.task_runs} & {"Running", *SCHEDULED}
+            if run.state in ("Submitted", "Running") and not alive:
+                again = [entry.message for entry in run.states].count(LAZARUS) < 3
+                run.enter(Scheduled(LAZARUS) if again else Failed("A Lazarus process has rescheduled it 3 times."))
+
     def answer(self, request: dict[str, Any], agent_id: str | None) -> tuple[int, Any]:
         """The HTTP status and body for a request: 400, as from Apollo, if it could not even be executed."""
-        variables = request.get("variables")
-        if isinstance(variables, str):  # the client sends JSON within JSON
-            variables = json.loads(variables)
+        variables = request.get("variables") or "{}"
+        if not isinstance(variables, str):  # the client sends JSON within JSON
+            variables = json.dumps(variables)
+        if NUL.search(request["query"] + variables):
+            return 200, {"data": None, "errors": [{"message": NUL_REFUSED}]}
         with self._lock:
             for agent in self._store.agent:
                 agent.last_queried = time_of(None) if agent.id == agent_id else agent.last_queried
-            result = graphql_sync(
-                SCHEMA, request["query"], self._store, variable_values=variables, field_resolver=resolve
-            )
+            result = graphql_sync(SCHEMA, request["query"], self._store, None, json.loads(variables), None, resolve)
             for error in result.errors or []:
                 if not isinstance(error.original_error, RefusedError):
                     self.errors.append(f"{error.message} in {request}")
-                    logger.error("%s", self.errors[-1])
         return 400 if result.data is None else 200, result.formatted
 
 
@@ -513,40 +486,13 @@ class _Handler(BaseHTTPRequestHandler):
     server: PrefectAPI
 
     def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, answer = self.server.answer(request, self.headers["X-PREFECT-AGENT-ID"])
+        body, status, answer = self.rfile.read(int(self.headers["Content-Length"])), 413, None
+        if len(body) <= BODY_LIMIT:
+            status, answer = self.server.answer(json.loads(body), self.headers["X-PREFECT-AGENT-ID"])
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(answer, default=datetime.isoformat).encode())
 
     def log_message(self, format: str, *args: Any) -> None:
-        logger.debug(format, *args)
-
-
-def client_env(url: str) -> dict[str, str]:
-    """The environment that points the CLI, an agent or `prefect execute flow-run` at the API at this URL."""
-    return {
-        "PREFECT__BACKEND": "server",
-        "PREFECT__CLOUD__API": url,
-        # What a developer has set up for another server takes no part.
-        "PREFECT__CLOUD__API_KEY": "",
-        "PREFECT__USER_CONFIG_PATH": os.devnull,
-        "PREFECT__BACKEND_CONFIG_PATH": os.devnull,
-    }
-
-
-def main() -> None:
-    """Serve until interrupted."""
-    parser = argparse.ArgumentParser(prog="python -m tests.support.prefect_api")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--port", default=4200, type=int, help="port to listen on (%(default)s)")
-    options = parser.parse_args()
-    logging.basicConfig()
-    with PrefectAPI(options.host, options.port) as api, contextlib.suppress(KeyboardInterrupt):
-        print(*(f"export {name}={value}" for name, value in api.env.items()), sep="\n", flush=True)
-        threading.Event().wait()
-
-
-if __name__ == "__main__":
-    main()
+        pass

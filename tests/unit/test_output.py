@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import threading
+import time
 import tracemalloc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
 
+import prefect
+import psutil
 import pytest
+import requests
+from prefect.utilities.configuration import set_temporary_config
+from prefect.utilities.logging import LogManager
 
-from flows.output import HEAD, LINE_COST, LINE_LENGTH, TAIL, Batch, frames
-from tests.support.fake_docker import frame
+from flows.output import LINE_LENGTH, WAITING_BYTES, Batch, as_sent, frames
+from flows.tasks import WaitOnContainer
+from tests.support.fake_docker import ID, FakeDocker, frame
+from tests.support.waiting import wait_for
 
 STREAM = frame(1, b"out\n") + frame(2, b"") + frame(2, b"err\n") + frame(1, b"\0\1") + frame(0, b"x") + frame(2, b"")
 PARTS = [(1, b"out\n"), (2, b""), (2, b"err\n"), (1, b"\0\1"), (1, b"x"), (2, b"")]
@@ -39,11 +55,20 @@ def test_a_tty_has_no_frames() -> None:
     assert list(frames(chunks, tty=True)) == [(1, chunk) for chunk in chunks]
 
 
+def take_all(batch: Batch) -> list[tuple[int, str]]:
+    """All that waits, with the lines that have not ended; texts of one stream in one."""
+    texts: list[tuple[int, str]] = []
+    while batch:
+        texts += batch.take()
+    groups = itertools.groupby(texts + batch.rest(), key=lambda text: text[0])
+    return [(stream, "\n".join(text for _, text in group)) for stream, group in groups]
+
+
 def take(*data: tuple[int, bytes]) -> list[tuple[int, str]]:
     batch = Batch()
     for stream, piece in data:
         batch.add(stream, piece)
-    return batch.take(last=True)
+    return take_all(batch)
 
 
 OUT, ERR = 1, 2
@@ -62,7 +87,6 @@ OUT, ERR = 1, 2
         ([(OUT, b"a"), (ERR, b"b\n"), (OUT, b"c\n")], [(ERR, "b"), (OUT, "ac")]),  # in the order of their ends
         ([(OUT, b"\xe2\x82"), (OUT, b"\xac\n")], [(OUT, "€")]),
         ([(OUT, b"\xff\xe2\x82\n")], [(OUT, "\ufffd\ufffd")]),
-        ([(OUT, b"a\0b\n")], [(OUT, "a\ufffdb")]),
     ],
 )
 def test_texts(data: list[tuple[int, bytes]], texts: list[tuple[int, str]]) -> None:
@@ -73,71 +97,224 @@ def test_a_line_is_taken_once_and_when_it_is_whole() -> None:
     batch = Batch()
     batch.add(OUT, b"a\nb")
     assert batch.take() == [(OUT, "a")]
-    assert batch.take() == []
+    assert not batch
     batch.add(OUT, b"c\nd")
     assert batch.take() == [(OUT, "bc")]
-    assert batch.take(last=True) == [(OUT, "d")]
-    assert batch.take(last=True) == []
+    assert batch.rest() == [(OUT, "d")]
+    assert batch.rest() == []
 
 
-@pytest.mark.parametrize("more", [0, 1, 100_000])
-def test_the_middle_is_dropped_and_counted(more: int) -> None:
-    size = LINE_COST + len("line 123456")
-    first, last = -(-HEAD // size), TAIL // size
-    lines = [f"line {number:06}" for number in range(first + last + more)]
-    ((_, text),) = take((OUT, "\n".join(lines).encode()))
-    note = [f"[{more:,} lines dropped here: too many for the run's logs]"] if more else []
-    assert text.split("\n") == lines[:first] + note + lines[-last:]
+def numbered(count: int) -> list[str]:
+    return [f"line {number:09}" for number in range(count)]
 
 
-def test_the_next_batch_is_whole_again() -> None:
+@pytest.mark.parametrize("count", [10_000, 70_000, 100_000, 300_000])
+def test_the_middle_is_dropped_and_counted(count: int) -> None:
+    batch, lines = Batch(), numbered(count)
+    for line in lines:
+        batch.add(OUT, f"{line}\n".encode())
+    text = "\n".join(text for _, text in take_all(batch)).split("\n")
+    notes = [line for line in text if "dropped" in line]
+    if count <= 70_000:
+        assert text == lines
+    else:
+        [note] = notes
+        kept, dropped = text.index(note), int(note[1:].split()[0].replace(",", ""))
+        assert text[:kept] + text[kept + 1 :] == lines[:kept] + lines[kept + dropped :]
+        assert kept + dropped < count, "the end is kept"
+        assert 0.4 < kept / (len(text) - 1) < 0.6
+
+
+@pytest.mark.parametrize("line", ["7", "", "\U0001f40b" * 100], ids=["short", "empty", "emoji"])
+def test_what_fits_is_whole(line: str) -> None:
+    """`seq 10000`, and the like: there is no other cost than that of the bytes."""
+    batch, count = Batch(), WAITING_BYTES * 9 // 10 // len(f"{line}\n".encode())
+    for _ in range(min(count, 50_000)):
+        batch.add(OUT, f"{line}\n".encode())
+    assert "\n".join(text for _, text in take_all(batch)).split("\n") == [line] * min(count, 50_000)
+
+
+def test_after_a_gap_lines_are_whole_again() -> None:
     batch = Batch()
-    batch.add(OUT, b"x\n" * 9999)
-    assert "dropped" in batch.take()[0][1]
+    for line in numbered(200_000):
+        batch.add(OUT, f"{line}\n".encode())
+    assert "dropped" in str(take_all(batch))
     batch.add(OUT, b"a\nb\n")
-    assert batch.take() == [(OUT, "a\nb")]
+    assert take_all(batch) == [(OUT, "a\nb")]
 
 
-@pytest.mark.parametrize("length", [0, 1000, LINE_LENGTH, 2 * TAIL])
-def test_however_much_comes_memory_and_text_are_bounded(length: int) -> None:
-    bound = HEAD + TAIL + 2 * LINE_LENGTH
-    batch = Batch()
+@pytest.mark.parametrize("length", [0, 1000, 1 << 14])
+@pytest.mark.parametrize("streams", [(OUT,), (OUT, ERR)], ids=["one stream", "two in turn"])
+def test_however_much_comes_memory_is_bounded(length: int, streams: tuple[int, ...]) -> None:
+    batch, line = Batch(), b"x" * length + b"\n"
     batch.add(OUT, b"first\n")
-    line = b"x" * length + b"\n"
     tracemalloc.start()
     try:
-        for _ in range(min(20_000, 10 * bound // len(line))):
-            batch.add(ERR, line)
-        batch.add(OUT, b"x" * length + b"last\n")
+        for _ in range(2 * WAITING_BYTES // (length + 300)):
+            for stream in streams:
+                batch.add(stream, line)
+        batch.add(OUT, b"last\n")
         used, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert used < 2 * bound
-    texts = batch.take(last=True)
-    assert sum(len(text) for _, text in texts) < bound
-    assert texts[0] == (OUT, "first")
-    assert texts[-1][0] == OUT
+    assert used < 2 * WAITING_BYTES
+    texts = take_all(batch)
+    assert texts[0][1].startswith("first")
     assert texts[-1][1].endswith("last")
 
 
-def test_row_04_old_states_of_a_progress_bar_take_no_memory() -> None:
+def test_old_states_of_a_progress_bar_are_not_kept() -> None:
     batch = Batch()
-    tracemalloc.start()
-    try:
-        for number in range(5000):
-            batch.add(ERR, b"\r%08d" % number * 10)
-        used, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert used < 10_000
-    assert batch.take() == []
-    assert batch.take(last=True) == [(ERR, "00004999")]
+    for number in range(5000):
+        batch.add(ERR, b"\r%08d" % number * 10)
+    assert take_all(batch) == [(ERR, "00004999")]
 
 
-@pytest.mark.parametrize("text", ["日本語" * 6000, "é" * 100_001, "a" + "\U0001f40b" * 40_000, "abc" * LINE_LENGTH])
+@pytest.mark.parametrize("text", ["日本語" * 6000, "é" * 32_000, "a" + "\U0001f40b" * 10_000, "abc" * 20_000])
 @pytest.mark.parametrize("end", [b"", b"\n"])
-def test_row_13_a_long_line_loses_nothing(text: str, end: bytes) -> None:
+def test_a_long_line_is_whole(text: str, end: bytes) -> None:
     data, step = text.encode() + end, 1 << 14
-    ((_, taken),) = take(*((OUT, data[start : start + step]) for start in range(0, len(data), step)))
-    assert taken.replace("\n", "") == text
-    assert max(len(line) for line in taken.split("\n")) <= LINE_LENGTH
+    assert take(*((OUT, data[start : start + step]) for start in range(0, len(data), step))) == [(OUT, text)]
+
+
+def test_a_line_that_does_not_end_is_broken() -> None:
+    batch = Batch()
+    for _ in range(100):
+        batch.add(OUT, b"x" * (1 << 14))
+    batch.add(OUT, b"\n")
+    lines = "\n".join(text for _, text in take_all(batch)).split("\n")
+    assert max(map(len, lines)) <= LINE_LENGTH + (1 << 15)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("a", 1), ("\n", 3), ('"', 4), ("\\", 4), ("\x1b", 7), ("ж", 7), ("語", 7), ("\U0001f40b", 14)]
+)
+def test_bytes_as_they_are_sent(text: str, size: int) -> None:
+    sent = requests.Request("POST", "http://api", json={"variables": json.dumps({"logs": [text * 100]})}).prepare()
+    without = requests.Request("POST", "http://api", json={"variables": json.dumps({"logs": [""]})}).prepare()
+    assert len(sent.body) - len(without.body) == size * 100 == as_sent(text * 100) - as_sent("")
+
+
+# ------------------------------------------------------------------- a run's logs, through Prefect's own client
+
+
+class API(ThreadingHTTPServer):
+    """Takes logs as Prefect Server does: 413 above 5 MB, and NUL is an error. It can be down."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.up, self.sizes, self.messages, self.refused = threading.Event(), list[int](), list[str](), list[int]()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: API
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.sizes.append(len(body))
+        logs = json.loads(json.loads(body)["variables"])["input"]["logs"]
+        if not self.server.up.is_set() or len(body) > 5_000_000 or "\0" in str([log["message"] for log in logs]):
+            self.server.refused.append(len(body))
+            self.send_response(413)
+            self.end_headers()
+            return
+        self.server.messages += [log["message"] for log in logs]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b'{"data": {"write_run_logs": {"success": true}}}')
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[API]:
+    """Uploads come every second, and output is handed on more often: as much as in five seconds in a run."""
+    manager = LogManager()
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.1)
+    monkeypatch.setattr("prefect.utilities.logging.LOG_MANAGER", manager)
+    monkeypatch.setattr("flows.output.LOG_MANAGER", manager)
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    with API() as api:
+        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        settings: dict[str, Any] = {
+            "backend": "server",
+            "cloud.send_flow_run_logs": True,
+            "cloud.logging_heartbeat": 1,
+            "cloud.api": f"http://{api.server_name}",
+        }
+        settings["cloud.api"] += f":{api.server_port}"
+        with set_temporary_config(settings), prefect.context(running_with_backend=True, flow_run_id="r"):
+            yield api
+            api.up.set()
+            manager.stop()
+        api.shutdown()
+
+
+def flood(data: bytes, seconds: float, *last: Any) -> Iterator[Any]:
+    """Output as fast as it is taken, for some seconds."""
+    end, chunk = time.monotonic() + seconds, frame(1, data) * 10
+    while time.monotonic() < end:
+        yield chunk
+    yield frame(1, b"the end\n")
+    yield from last
+
+
+LINES = {"ASCII": b"x" * 1000, "Cyrillic": ("ж" * 500).encode(), "quotes": b'"' * 1000, "NUL": b"\0" * 1000}
+
+
+@pytest.mark.parametrize("alphabet", ["Cyrillic", "quotes", "NUL"])
+def test_an_upload_is_well_below_what_prefect_server_refuses(api: API, alphabet: str) -> None:
+    api.up.set()
+    with FakeDocker() as fake:
+        fake.exited.clear()
+        fake.streams = [flood(LINES[alphabet] + b"\n", 2.5, fake.exited.set)]
+        WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
+    wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
+    assert api.refused == []
+    assert max(api.sizes) < 3_500_000
+    output = "\n".join(api.messages)
+    assert "the end" in output
+    assert "lines dropped here" in output
+
+
+def test_containers_share_an_upload(api: API) -> None:
+    api.up.set()
+
+    def run() -> None:
+        with FakeDocker() as fake, prefect.context(context):
+            fake.exited.clear()
+            fake.streams = [flood(LINES["Cyrillic"] + b"\n", 2.5, fake.exited.set)]
+            WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
+
+    context = prefect.context.copy()
+    with ThreadPoolExecutor() as pool:
+        for result in [pool.submit(run) for _ in range(3)]:
+            result.result()
+    wait_for(lambda: sum("exited with code 0" in message for message in api.messages) == 3, "the last logs arrived")
+    assert api.refused == []
+    assert max(api.sizes) < 4_000_000
+
+
+def test_an_api_that_is_down_while_the_container_writes(api: API, recwarn: pytest.WarningsRecorder) -> None:
+    """Memory is bounded, and when the API is back it is said what was dropped."""
+    process = psutil.Process()
+    before = process.memory_info().rss
+    with FakeDocker() as fake:
+        fake.exited.clear()
+
+        def back() -> None:
+            assert process.memory_info().rss - before < 64 << 20
+            api.up.set()
+            wait_for(lambda: api.messages, "the API takes logs")
+
+        fake.streams = [flood(LINES["ASCII"] + b"\n", 4, back, frame(1, b"after it\n"), fake.exited.set)]
+        WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
+    wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
+    assert api.refused, "it was down"
+    assert max(api.sizes) < 3_500_000
+    output = "\n".join(api.messages)
+    assert "lines dropped here" in output
+    assert "after it" in output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+from flows.parameters import validate_parameters
 from flows.settings import PROJECT
 from tests.support import pages
 
@@ -27,7 +29,9 @@ TARGETS_BY_HAND = {
     "test-kubernetes": "part of `make test`",
     "test-unit": "part of `make test`",
 }
-COMMANDS_BY_HAND: dict[str, str] = {}  # by how they start
+COMMANDS_BY_HAND = {  # by how they start
+    "kubectl taint node": "would keep other tests' pods off the only node",
+}
 
 MAKE = [command for command in dict.fromkeys(pages.commands()) if command.startswith("make ")]
 OTHERS = [command for command in pages.console() if not command.startswith(("make ", "export "))]
@@ -69,6 +73,12 @@ def test_a_command_that_is_run_is_on_a_page(start: str) -> None:
     assert pages.command(start)
 
 
+def test_a_run_may_have_the_parameters_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of the flow's container")
+    assert validate_parameters(pages.parameters(pages.example("s3-parameters"))) is None
+
+
 def test_examples_are_used_by_tests() -> None:
     names = [name for _, name, _ in pages.blocks() if name]
     assert len(names) == len(set(names))
@@ -87,7 +97,7 @@ def anchors(page: Path) -> set[str]:
     """The anchors that GitHub gives the headings of a page: the second `Usage` is `usage-1`."""
     found: dict[str, int] = {}
     tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
-    for before, heading in zip(tokens, tokens[1:]):
+    for before, heading in itertools.pairwise(tokens):
         if before.type == "heading_open":
             text = "".join(part.content for part in heading.children or [])
             name = slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
@@ -117,6 +127,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.is_relative_to(PROJECT), link
         assert target.exists(), link
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}: {anchors(target)}"
+
+
+@pytest.mark.parametrize("page", list(PROJECT.glob("docs/*.md")), ids=lambda page: page.name)
+def test_pages_are_short(page: Path) -> None:
+    assert len(page.read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_the_readme_is_short() -> None:

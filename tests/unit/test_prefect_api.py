@@ -7,16 +7,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import pendulum
 import pytest
-from prefect import Client
+from prefect import Client, Flow
 from prefect.agent import Agent
 from prefect.cli.build_register import register_internal
-from prefect.engine.state import Running
+from prefect.engine.state import Cancelled, Failed, Running, Submitted, Success, TimedOut, TriggerFailed
 from prefect.exceptions import ClientError
 from prefect.utilities.configuration import set_temporary_config
+from requests import HTTPError
 
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
@@ -115,6 +117,109 @@ def test_an_agent_gets_only_runs_that_are_due_and_its_own(api: PrefectAPI, flow_
     agent._mark_flow_as_submitted(taken)
     assert api.flow_runs[labelled].state == "Submitted"
     assert agent._get_ready_flow_runs() == set()
+
+
+def test_an_agent_gets_25_runs_at_once(api: PrefectAPI, flow_id: str) -> None:
+    for _ in range(26):
+        api.create_flow_run(flow_id, parameters={"how": "fail"})
+    assert len(Agent()._get_ready_flow_runs()) == 25
+
+
+def test_a_run_is_submitted_once_in_30_seconds(api: PrefectAPI, flow_id: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    Client().set_flow_run_state(run.id, Submitted())
+    with pytest.raises(ClientError, match="already been submitted"):
+        Client().set_flow_run_state(run.id, Submitted())
+    run.states[-1].timestamp -= timedelta(seconds=31)
+    Client().set_flow_run_state(run.id, Submitted())
+
+
+def test_a_new_version_cancels_the_old_ones_scheduled_runs(api: PrefectAPI, flow_id: str, tmp_path: Path) -> None:
+    scheduled, submitted = (api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})] for _ in range(2))
+    Client().set_flow_run_state(submitted.id, Submitted())
+    (tmp_path / "flow.py").write_text(FLOW.replace('"how"', '"way"'))
+    register_internal("demo", paths=[str(tmp_path / "flow.py")], modules=[], json_paths=[])
+    assert [flow.archived for flow in api.flows.values()] == [True, False]
+    assert (scheduled.state, set(scheduled.task_states.values())) == ("Cancelled", {"Cancelled"})
+    assert submitted.state == "Submitted"
+
+
+def test_a_restart_resets_what_did_not_succeed(api: PrefectAPI, flow_id: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    [end, how] = run.task_runs
+    Client().set_task_run_state(how.id, Success())
+    for state in (Failed(), TimedOut(), TriggerFailed(), Cancelled()):
+        Client().set_task_run_state(end.id, state)
+        api.restart(run.id)
+        assert (end.state, how.state, run.state) == ("Pending", "Success", "Scheduled")
+        assert end.message
+        assert run.message
+
+
+def test_lazarus_reschedules_a_run_three_times(api: PrefectAPI, flow_id: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    api.lazarus(run.id)
+    assert len(run.states) == 2, "a run that is Scheduled is the Agents'"
+    for expected in ("Scheduled", "Scheduled", "Scheduled", "Failed"):
+        Client().set_flow_run_state(run.id, Running())
+        api.lazarus(run.id)
+        assert run.state == expected
+
+
+def test_a_task_without_heartbeat_is_the_zombie_killers_and_not_lazaruss(api: PrefectAPI, flow_id: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    [end, how] = run.task_runs
+    Client().set_flow_run_state(run.id, Running())
+    Client().set_task_run_state(end.id, Running())
+    how.task.max_retries = 1
+    Client().set_task_run_state(how.id, Running())
+    api.lazarus(run.id)
+    assert run.state == "Running"
+    api.kill_zombies(run.id)
+    assert (end.state, how.state, run.state) == ("Failed", "Retrying", "Running")
+    Client().set_task_run_state(how.id, Running())
+    api.kill_zombies(run.id)
+    assert how.state == "Failed"
+
+
+@pytest.mark.parametrize("text", ["\0", "a\0b", "\\\0"])
+def test_nul_is_refused_everywhere(api: PrefectAPI, flow_id: str, text: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    log = {"flow_run_id": run.id, "level": "INFO", "message": text}
+    for refused in (
+        lambda: Client().write_run_logs([log]),
+        lambda: Client().set_flow_run_state(run.id, Failed(text)),
+        lambda: Client().create_flow_run(flow_id=flow_id, parameters={"how": text}),
+        lambda: Client().register(Flow(text), project_name="demo", build=False, no_url=True),
+    ):
+        with pytest.raises(ClientError, match="Unicode"):
+            refused()
+    log["message"] = r"\0 \u0000 \\u0000"
+    Client().write_run_logs([log])
+    assert [entry.message for entry in run.logs] == [log["message"]]
+
+
+def test_a_body_of_more_than_5_mb_is_refused(api: PrefectAPI, flow_id: str) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    log = {"flow_run_id": run.id, "level": "INFO", "message": "x" * 5_000_000}
+    Client().write_run_logs([log])
+    with pytest.raises(HTTPError, match="413"):
+        Client().write_run_logs([{**log, "message": "x" * 5_300_000}])
+    assert len(run.logs) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"level": "NOTICE"}, {"task_run_id": "1"}, {"flow_run_id": "1"}], ids=str)
+def test_a_log_that_is_none_is_refused(api: PrefectAPI, flow_id: str, wrong: dict[str, str]) -> None:
+    run = api.flow_runs[api.create_flow_run(flow_id, parameters={"how": "fail"})]
+    with pytest.raises(ClientError, match="invalid input"):
+        Client().write_run_logs([{"flow_run_id": run.id, "level": "INFO", "message": "one", **wrong}])
+
+
+@pytest.mark.parametrize("query", ['flow_run_by_pk(id: "1") { id }', 'flow_run(where: {id: {_in: ["1"]}}) { id }'])
+def test_ids_are_uuids(api: PrefectAPI, flow_id: str, query: str) -> None:
+    api.create_flow_run(flow_id, parameters={"how": "fail"})
+    with pytest.raises(ClientError, match="uuid"):
+        Client().graphql(f"query {{ {query} }}")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import prefect
 import pytest
+import yaml
 from prefect.utilities.configuration import set_temporary_config
 
 from flows.settings import PROJECT
 from scripts import preflight
+from tests.support.fake_docker import FakeDocker
 from tests.support.prefect_api import PrefectAPI
+from tests.unit.conftest import docker_context
 
 Said = dict[str, tuple[str, str]]
 Run = Callable[..., Said]
@@ -92,9 +96,9 @@ def test_the_command() -> None:
     environ = {**os.environ, "PREFECT__BACKEND": "cloud", "PREFECT__CLOUD__API_KEY": "", "NAMESPACE": "../a b"}
     command = [sys.executable, "-m", "scripts.preflight"]
     done = subprocess.run(command, env=environ, cwd=PROJECT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (1, "preflight: 2 wrong\n")
+    assert (done.returncode, done.stderr) == (1, "preflight: 3 wrong\n")
     assert [line[:13].strip() for line in done.stdout.splitlines()] == (
-        ["fine", "wrong", *["not checked"] * 5, "wrong"]
+        ["fine", "wrong", "wrong", *["not checked"] * 6, "wrong", "not checked"]
     )
 
 
@@ -111,7 +115,7 @@ def test_nothing_is_there(run: Run, tmp_path: Path, nowhere: int) -> None:
 @pytest.mark.parametrize(
     "template", ["", "{{ .Values.x }}", "[" * 1000, "{apiVersion: batch/v1, kind: Job, metadata: 5}", "\x00"]
 )
-def test_row_24_templates(run: Run, tmp_path: Path, template: str) -> None:
+def test_templates(run: Run, tmp_path: Path, template: str) -> None:
     """A fault that only Kubernetes can see, such as `securityContext: privileged`, is in the cluster's tests."""
     (tmp_path / "[bold]").write_text(template)
     outcome, text = run(JOB_TEMPLATE=str(tmp_path / "[bold]"))["settings"]
@@ -122,7 +126,7 @@ def test_row_24_templates(run: Run, tmp_path: Path, template: str) -> None:
     "content",
     ["", "two lines:\n- [", "[]", "5", "{contexts: 5}", "{current-context: a, contexts: [{name: a}], clusters: []}"],
 )
-def test_row_24_kubeconfigs(run: Run, tmp_path: Path, content: str) -> None:
+def test_kubeconfigs(run: Run, tmp_path: Path, content: str) -> None:
     (tmp_path / "kubeconfig").write_text(content)
     outcome, text = run(kubeconfig=str(tmp_path / "kubeconfig"))["cluster"]
     assert outcome == "wrong"
@@ -130,14 +134,14 @@ def test_row_24_kubeconfigs(run: Run, tmp_path: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "5", "http://[::1", "ftp://127.0.0.1", f"http://{'a' * 70}.example"])
-def test_row_24_addresses(run: Run, tmp_path: Path, url: str) -> None:
+def test_addresses(run: Run, tmp_path: Path, url: str) -> None:
     assert run(kubeconfig=kubeconfig(tmp_path, url))["cluster"][0] == "wrong"
 
 
 @pytest.mark.parametrize(
     ("status", "body"), [(200, b"<html>"), (200, b"[]"), (200, b"{}"), (503, b"later"), (401, b'{"message": "no"}')]
 )
-def test_row_24_no_cluster(run: Run, tmp_path: Path, server: Callable[..., str], status: int, body: bytes) -> None:
+def test_no_cluster(run: Run, tmp_path: Path, server: Callable[..., str], status: int, body: bytes) -> None:
     assert run(kubeconfig=kubeconfig(tmp_path, server(status, body)))["cluster"][0] == "wrong"
 
 
@@ -155,6 +159,74 @@ def test_prefect(run: Run) -> None:
         assert not api.errors
 
 
+def test_agents(run: Run) -> None:
+    """The Agent for the flow's labels, as Prefect Server chooses it."""
+    with PrefectAPI() as api:
+        assert run(api.url)["Agent"][0] == "unsure"
+        with set_temporary_config({"backend": "server", "cloud.api": api.url, "cloud.api_key": None}):
+            client = prefect.Client()
+            client.register_agent("kubernetes", "never asked", [])
+            agent = client.register_agent("kubernetes", "asks", ["gpu", "team-a"])
+            client.attach_headers({"X-PREFECT-AGENT-ID": agent})
+            client.graphql("{hello}")
+        assert run(api.url)["Agent"] == (
+            "unsure",
+            "no Agent with no labels (FLOW_LABELS) has asked for runs in the last 5 minutes",
+        )
+        assert run(api.url, FLOW_LABELS="team-a")["Agent"] == ("fine", "one with labels team-a asks for runs")
+        assert run(api.url, FLOW_LABELS="team-a,team-b")["Agent"][0] == "unsure"
+
+
+def test_a_template_that_only_the_agent_sees(run: Run, tmp_path: Path, server: Callable[..., str]) -> None:
+    found = kubeconfig(tmp_path, server(200, b'{"gitVersion": "v1.37.2"}'))
+    said = run(kubeconfig=found, JOB_TEMPLATE="agent:///etc/job.yaml")
+    assert said["settings"][0] == "fine"
+    assert said["Job"][0] == "unsure"
+    assert "the Agent reads agent:///etc/job.yaml at each run" in said["Job"][1]
+    assert said["needed objects"] == ("not checked", "because of the Job")
+
+
+def test_an_engine_of_a_docker_context(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`docker` uses it, and `prefect register` does not."""
+    with FakeDocker() as fake:
+        fake.version = {"ApiVersion": "1.44", "Version": "29.9.0"}, 200
+        docker_context(monkeypatch, tmp_path, fake.url)
+        outcome, text = run()["engine"]
+        assert (outcome, text.partition(" → ")[2]) == ("wrong", f"export DOCKER_HOST={fake.url}")
+        assert run(DOCKER_HOST=fake.url)["engine"] == ("fine", f"Docker 29.9.0 at {fake.url}")
+
+
+NEEDS = """
+imagePullSecrets: [{name: pull}]
+containers:
+  - env: [{valueFrom: {secretKeyRef: {name: api, key: token}}}, {valueFrom: {fieldRef: {fieldPath: spec.nodeName}}},
+      {valueFrom: {configMapKeyRef: {name: no, key: a, optional: true}}}]
+    envFrom: [{configMapRef: {name: all}}, {secretRef: {name: no, optional: true}}]
+initContainers: [{env: [{valueFrom: {configMapKeyRef: {name: first, key: b}}}]}]
+volumes:
+  - persistentVolumeClaim: {claimName: data}
+  - secret: {secretName: files, items: [{key: c, path: d}]}
+  - configMap: {name: no, optional: true}
+  - projected: {sources: [{secret: {name: part}}, {configMap: {name: other, items: [{key: e, path: f}]}}]}
+  - csi: {nodePublishSecretRef: {name: csi}}
+nodeSelector: {secret: "no"}
+"""
+
+
+def test_what_a_pod_needs() -> None:
+    assert set(preflight.needs(yaml.safe_load(NEEDS))) == {
+        ("secret", "pull", ()),
+        ("secret", "api", ("token",)),
+        ("configmap", "all", ()),
+        ("configmap", "first", ("b",)),
+        ("persistentvolumeclaim", "data", ()),
+        ("secret", "files", ("c",)),
+        ("secret", "part", ()),
+        ("configmap", "other", ("e",)),
+        ("secret", "csi", ()),
+    }
+
+
 def test_no_prefect(run: Run, nowhere: int) -> None:
     assert "Connection refused → start it" in run(f"http://127.0.0.1:{nowhere}")["Prefect"][1]
 
@@ -166,5 +238,5 @@ def test_no_prefect(run: Run, nowhere: int) -> None:
         *((status, b"words") for status in (401, 404, 429, 503)),
     ],
 )
-def test_row_24_what_is_no_prefect_api(run: Run, server: Callable[..., str], status: int, body: bytes) -> None:
+def test_what_is_no_prefect_api(run: Run, server: Callable[..., str], status: int, body: bytes) -> None:
     assert run(server(status, body), PROJECT="containers")["Prefect"][0] == "wrong"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import inspect
 import json
 import logging
 import os
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -18,18 +20,16 @@ import pendulum
 import prefect
 import pytest
 import requests
-from prefect import Client, Flow
+import trustme
+from prefect import Flow
 from prefect.engine import signals
-from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.state import Failed, Retrying
 from prefect.tasks import docker as prefect_docker
-from prefect.utilities.configuration import set_temporary_config
 
 from flows import tasks
 from flows.daemon import connect
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 from tests.support.fake_docker import ID, FakeDocker, frame
-from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
 NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
@@ -38,6 +38,8 @@ NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # they would take the place of the daemon's certificates
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
     for name in ("no_proxy", "NO_PROXY"):  # set first, so that monkeypatch restores what connect() sets
         monkeypatch.setenv(name, "")
@@ -63,7 +65,7 @@ def wait(fake: FakeDocker, **options: Any) -> Any:
 
 @pytest.mark.parametrize("proxy", ["http_proxy", "HTTP_PROXY", "all_proxy"])
 @pytest.mark.parametrize("no_proxy", [{}, {"NO_PROXY": ".svc"}, {"no_proxy": ".corp", "NO_PROXY": "127.0.0.1"}])
-def test_row_01_a_local_daemon_is_never_asked_through_a_proxy(
+def test_a_local_daemon_is_never_asked_through_a_proxy(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, nowhere: int, proxy: str, no_proxy: dict[str, str]
 ) -> None:
     monkeypatch.delenv("HTTPS_PROXY")
@@ -84,7 +86,7 @@ def test_row_01_a_local_daemon_is_never_asked_through_a_proxy(
         ("unix:///no/socket", "localhost"),
     ],
 )
-def test_row_01_all_kinds_of_local_daemons(monkeypatch: pytest.MonkeyPatch, url: str, host: str) -> None:
+def test_all_kinds_of_local_daemons(monkeypatch: pytest.MonkeyPatch, url: str, host: str) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     with pytest.raises(docker.errors.DockerException):
         connect(url)
@@ -136,6 +138,43 @@ def test_a_daemon_that_is_starting_is_waited_for(caplog: pytest.LogCaptureFixtur
     assert len([line for line in lines(caplog) if line.startswith("Waiting up to 60 s for the Docker daemon")]) == 1
 
 
+def test_certificates_that_come_later_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As with DOCKER_TLS_CERTDIR: the daemon makes them while the flow starts."""
+    monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 10)
+    authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(server)
+    with FakeDocker() as fake:
+        fake.socket = server.wrap_socket(fake.socket, server_side=True)
+        monkeypatch.setenv("DOCKER_HOST", fake.url)
+        monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+        monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path / "client"))
+
+        def write() -> None:
+            wait_for(lambda: "Waiting" in caplog.text, "the task waits")
+            (tmp_path / "client").mkdir()
+            (tmp_path / "client" / "ca.pem").touch()  # one file after another, and not in one piece
+            client = authority.issue_cert("client.example")
+            client.private_key_pem.write_to_path(str(tmp_path / "client" / "key.pem"))
+            client.cert_chain_pems[0].write_to_path(str(tmp_path / "client" / "cert.pem"))
+            authority.cert_pem.write_to_path(str(tmp_path / "client" / "ca.pem"))
+
+        thread = threading.Thread(target=write)
+        thread.start()
+        assert PullImage().run(repository="app:1", docker_server_url=fake.url) == "app:1"
+        thread.join()
+
+
+def test_certificates_that_do_not_come_are_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 0.3)
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
+    monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path))
+    with pytest.raises(signals.FAIL, match="certificate and key files"):
+        PullImage().run(repository="app:1", docker_server_url="tcp://127.0.0.1:9")
+
+
 def test_a_daemon_that_does_not_come_up_is_one_error(
     monkeypatch: pytest.MonkeyPatch, nowhere: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,90 +197,6 @@ def test_a_daemon_that_refuses_is_not_waited_for(fake: FakeDocker, caplog: pytes
     assert lines(caplog) == []
 
 
-# ---------------------------------------------------------------------------------------------- restart
-
-
-@pytest.fixture
-def api() -> Iterator[PrefectAPI]:
-    settings = {"backend": "server", "cloud.check_cancellation_interval": 0.1, "cloud.send_flow_run_logs": False}
-    with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
-        yield api
-    assert api.errors == []
-
-
-def execute(flow: Flow, run_id: str, fake: FakeDocker) -> None:
-    """Run a flow as the process in the pod does, on a daemon of its own."""
-    for name in NAMES:
-        flow.get_tasks(name)[0].docker_server_url = fake.url
-    with prefect.context(flow_run_id=run_id):
-        CloudFlowRunner(flow=flow).run()
-
-
-def registered(flow: Flow, api: PrefectAPI) -> str:
-    Client().create_project("demo")
-    flow_id = Client().register(flow, project_name="demo", build=False, no_url=True)
-    return api.create_flow_run(flow_id, parameters={"image": "app:1"})
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_restarted_run_runs_again_from_the_pull(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    fake.result = {"StatusCode": 3}
-    execute(flow, run.id, fake)
-    assert (run.state, run.task_states["PullImage-1"]) == ("Failed", "Success")
-    assert "exited with code 3" in run.message
-
-    api.restart(run.id)
-    assert run.task_states["PullImage-1"] == "Success"
-    with FakeDocker() as second:
-        execute(flow, run.id, second)
-        assert [request for request, _ in second.requests if request.startswith("POST")] == [
-            "POST /images/create",
-            "POST /containers/create",
-            "POST /containers/start",
-            "POST /containers/wait",
-        ]
-    assert run.state == "Success", str(run)
-    assert set(run.task_states.values()) == {"Success"}
-    assert len([line for line in lines(caplog) if "The run was restarted" in line]) == 1
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_run_that_is_retrying_goes_on(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A retry, also in a new pod, is no restart: nothing is reset."""
-    monkeypatch.setattr("flows.pull.PULL_RETRY_SECONDS", (0.1,))
-    run = api.flow_runs[registered(flow, api)]
-    fake.pull = iter([{"error": "received unexpected HTTP status: 503 Service Unavailable"}])
-    execute(flow, run.id, fake)
-    assert run.state == "Success", str(run)
-    pull = next(task_run for task_run in run.task_runs if task_run.task.slug == "PullImage-1")
-    assert [entry.state for entry in pull.states] == ["Pending", "Running", "Retrying", "Running", "Success"]
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_row_02_a_run_that_was_cancelled_stays_cancelled(flow: Flow, fake: FakeDocker, api: PrefectAPI) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    api.cancel(run.id)
-    execute(flow, run.id, fake)
-    assert run.state == "Cancelled"
-    assert fake.requests == []
-
-
-@pytest.mark.filterwarnings("ignore:No result handler")
-def test_a_failure_names_its_cause_once(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = api.flow_runs[registered(flow, api)]
-    fake.pull = [{"error": "manifest not found"}]
-    execute(flow, run.id, fake)
-    assert run.message == "Pulling app:1: manifest not found"
-    assert len([line for line in lines(caplog) if "not found" in line]) == 1
-
-
 # ------------------------------------------------------------------------------------------------- pull
 
 
@@ -251,16 +206,18 @@ def test_a_failure_names_its_cause_once(
         ('{"credsStore": "desktop"}', "docker-credential-desktop"),
         ('{"credHelpers": {"registry.example": "gcloud"}}', "docker-credential-gcloud"),
         ('{"credsStore": "broken"}', "docker-credential-broken"),
-        ("{", None),
+        ("{", "is no valid Docker configuration"),
+        ("[]", "is no valid Docker configuration"),
+        ('{"auths": 5}', "is no valid Docker configuration"),
     ],
 )
-def test_row_03_a_public_image_is_pulled_without_a_login(
+def test_a_public_image_is_pulled_without_a_login(
     fake: FakeDocker,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     tmp_path: Path,
     config: str,
-    names: str | None,
+    names: str,
 ) -> None:
     (tmp_path / "config.json").write_text(config)
     (tmp_path / "docker-credential-broken").write_text("#!/bin/sh\nexit 1")
@@ -269,25 +226,133 @@ def test_row_03_a_public_image_is_pulled_without_a_login(
     task = PullImage(docker_server_url=fake.url)
     assert task.run(repository="registry.example/app:1") == "registry.example/app:1"
     warned = lines(caplog, logging.WARNING)
-    assert len(warned) == (1 if names else 0)
-    assert all(str(names) in line and str(tmp_path / "config.json") in line for line in warned)
+    assert len(warned) == 1
+    assert names in warned[0]
+    assert str(tmp_path / "config.json") in warned[0]
 
     fake.pull = [{"error": "pull access denied for app"}]
     with pytest.raises(signals.FAIL) as failure:
         task.run(repository="registry.example/app:1")
-    assert str(failure.value).count(names or "docker login") == 1
+    assert str(failure.value).count(names) == str(failure.value).count("docker login") == 1
 
 
-@pytest.mark.parametrize("config", ["[]", '{"auths": {"registry.example": {"auth": "?"}}}', '{"auths": {"a": 5}}'])
-def test_row_03_a_configuration_that_docker_cannot_read_is_one_error(
-    fake: FakeDocker, tmp_path: Path, config: str
+def encoded(login: str) -> str:
+    return base64.b64encode(login.encode()).decode()
+
+
+LOGIN = {"username": "u", "password": "p:1"}
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        LOGIN,
+        {**LOGIN, "auth": ""},
+        {"auth": encoded("u:p:1")},
+        {"auth": encoded("u:p:1").rstrip("=")},
+        {"auth": encoded("u:p:1") + "\n"},
+        {"username": "other", "password": "other", "auth": encoded("u:p:1")},
+    ],
+    ids=["name and password", "empty auth", "auth", "unpadded", "end of line", "auth goes before"],
+)
+def test_a_login_is_sent_as_kubelet_and_docker_do(
+    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: dict[str, str]
 ) -> None:
-    (tmp_path / "config.json").write_text(config)
-    with pytest.raises(signals.FAIL, match=str(tmp_path / "config.json")):
-        PullImage(docker_server_url=fake.url).run(repository="app:1")
+    assert len(encoded("u:p:1")) != len(encoded("u:p:1").rstrip("=")), "it has padding"
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"registry.example": entry}}))
+    PullImage(docker_server_url=fake.url).run(repository="registry.example/app:1")
+    [pull] = fake.asked("POST /images/create")
+    sent = json.loads(pull["login"])
+    assert (sent["username"], sent["password"]) == ("u", "p:1")
+    assert lines(caplog, logging.WARNING) == []
 
 
-def test_row_06_a_pull_that_stands_still(
+@pytest.mark.parametrize("entry", [{}, {"identitytoken": "t"}, {"auth": "", "identitytoken": "t"}], ids=str)
+def test_an_entry_without_a_password_may_be_right(
+    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: dict[str, str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"registry.example": entry}}))
+    PullImage(docker_server_url=fake.url).run(repository="registry.example/app:1")
+    [pull] = fake.asked("POST /images/create")
+    assert json.loads(pull["login"]) == ({"IdentityToken": "t"} if entry else {})
+    assert lines(caplog, logging.WARNING) == []
+
+
+@pytest.mark.parametrize(
+    "entry", [5, None, [], {"auth": ""}, {"auth": "?"}, {"auth": encoded("u")}, {"auth": 5}], ids=str
+)
+@pytest.mark.parametrize("repository", ["registry.example/app", "broken.example/app", "app"])
+def test_a_broken_login_is_left_out(
+    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: Any, repository: str
+) -> None:
+    auths = {"broken.example": entry, "registry.example": LOGIN}
+    (tmp_path / "config.json").write_text(json.dumps({"auths": auths}))
+    assert PullImage(docker_server_url=fake.url).run(repository=repository, tag="1") == f"{repository}:1"
+    StartContainer(docker_server_url=fake.url).run(container_id=ID)
+    [warned] = lines(caplog, logging.WARNING)
+    assert "'broken.example'" in warned
+    [pull] = fake.asked("POST /images/create")
+    assert ("username" in json.loads(pull["login"])) == repository.startswith("registry.")
+
+
+@pytest.mark.parametrize("fault", ["denied: requested access to the resource is denied", "unexpected EOF"])
+def test_an_image_that_only_the_daemon_has(fake: FakeDocker, caplog: pytest.LogCaptureFixture, fault: str) -> None:
+    fake.images, fake.pull = {"my-local:1"}, [{"error": fault}]
+    task = PullImage(docker_server_url=fake.url)
+    assert task.run(repository="my-local:1") == "my-local:1"
+    [warned] = lines(caplog, logging.WARNING)
+    assert fault in warned
+    assert "the image that the daemon has" in warned
+    with pytest.raises(signals.PrefectStateSignal, match=fault):
+        task.run(repository="my-local:2")
+    with pytest.raises(signals.PrefectStateSignal, match=fault):
+        task.run(repository="my-local:1", extra_docker_kwargs={"platform": "linux/arm64"})  # perhaps not what it has
+
+
+def test_a_registry_that_hangs_and_an_image_that_the_daemon_has(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr("flows.tasks.PULL_SILENCE_SECONDS", 0.2)
+    fake.images, fake.pull = {"app:1"}, [fake.closing.wait]
+    assert PullImage(docker_server_url=fake.url).run(repository="app:1") == "app:1"
+    assert "hangs" in lines(caplog, logging.WARNING)[0]
+
+
+ECR = "0123.dkr.ecr.eu-west-1.amazonaws.com"
+FORBIDDEN = "unexpected status from HEAD request to https://r.example/v2/a/manifests/1: 403 Forbidden"
+
+
+@pytest.mark.parametrize(
+    ("registry", "words", "advice"),
+    [
+        ("r.example", "Proxy Authentication Required", "the login for the proxy"),
+        ("r.example", 'Get "https://r.example/v2/": Proxy Authentication Required', "the login for the proxy"),
+        ("r.example", "authorization denied by plugin opa: no", None),
+        ("r.example", "open /var/lib/docker/x: permission denied", None),
+        ("r.example", "pull access denied for a, repository does not exist", "docker login"),
+        ("r.example", "no basic auth credentials", "docker login"),
+        ("r.example", FORBIDDEN, None),
+        (ECR, FORBIDDEN.replace("r.example", ECR), "fresh token"),
+        (ECR, "denied: Your authorization token has expired. Reauthenticate and try again.", "fresh token"),
+        ("with-login.example", FORBIDDEN, "fresh token"),
+        ("with-login.example", "unauthorized: authentication required", "fresh token"),
+        ("r.example", "manifest unknown", None),
+        ("r.example", "received unexpected HTTP status: 503 Service Unavailable: denied", None),
+    ],
+)
+def test_advice_only_where_it_is_right(
+    fake: FakeDocker, tmp_path: Path, registry: str, words: str, advice: str | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"with-login.example": LOGIN}}))
+    fake.pull = [{"error": words}]
+    with pytest.raises(signals.PrefectStateSignal) as failure:
+        PullImage(docker_server_url=fake.url).run(repository=f"{registry}/a:1")
+    given = {each for each in ("the login for the proxy", "docker login", "fresh token") if each in str(failure.value)}
+    assert given == ({advice} if advice else set())
+
+
+def test_a_pull_that_stands_still(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.1)
@@ -324,7 +389,7 @@ def test_progress(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pyt
     ],
     ids=str,
 )
-def test_row_07_no_event_ends_a_pull_that_goes_on(
+def test_no_event_ends_a_pull_that_goes_on(
     fake: FakeDocker, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, event: Any
 ) -> None:
     monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.01)
@@ -377,7 +442,7 @@ def test_row_07_no_event_ends_a_pull_that_goes_on(
         ("a:1", "write /var/lib/docker/tmp/x: no space left on device", False),
     ],
 )
-def test_row_11_dockers_words_alone_decide(fake: FakeDocker, image: str, words: str, transient: bool) -> None:
+def test_dockers_words_decide_on_retries(fake: FakeDocker, image: str, words: str, transient: bool) -> None:
     fake.pull = [{"errorDetail": {"message": words}, "error": words}]
     with pytest.raises(signals.PrefectStateSignal) as failure:
         PullImage(docker_server_url=fake.url).run(repository=image)
@@ -401,9 +466,7 @@ def test_retries_end(fake: FakeDocker) -> None:
 # ------------------------------------------------------------------------------------- wait and its logs
 
 
-def test_row_05_the_exit_code_of_a_container_that_removes_itself(
-    fake: FakeDocker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_exit_code_of_a_container_that_removes_itself(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
     fake.gone = True
     fake.die_events = [{"Action": "die", "Actor": {"Attributes": {"exitCode": "3"}}}]
     with pytest.raises(signals.FAIL, match="exited with code 3"):
@@ -422,43 +485,54 @@ def break_off() -> None:
 
 
 @pytest.mark.parametrize("end", [b"", break_off], ids=["ends", "breaks"])
-def test_row_08_a_stream_that_ends_while_the_container_runs_is_opened_again(
+def test_after_a_stream_that_breaks_new_output_is_read(
     fake: FakeDocker, caplog: pytest.LogCaptureFixture, end: Any
 ) -> None:
+    """No clock, this machine's or the daemon's, decides what is read: nothing comes twice."""
     fake.exited.clear()
     fake.handle_error = lambda *_: None  # type: ignore[method-assign]
-    fake.streams = [[frame(1, b"one\n"), frame(1, b"tw"), end], [frame(1, b"o\n"), fake.exited.set]]
+    fake.streams = [[frame(1, b"one\n"), end], [frame(1, b"two\n"), fake.exited.set]]
     assert wait(fake)["StatusCode"] == 0
     assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one", "two"]
-    assert len([line for line in lines(caplog, logging.WARNING) if "Docker ended the output" in line]) == 1
-    first, second, _ = fake.asked("GET /containers/logs")
-    assert "since" not in first
-    assert time.time() - 5 < float(second["since"]) < time.time()
+    [warned] = lines(caplog, logging.WARNING)
+    assert "lines may be missing" in warned
+    first, second = fake.asked("GET /containers/logs")
+    assert "tail" not in first
+    assert second["tail"] == "0"
+    assert not {"since", "until"} & {*first, *second}
 
 
-@pytest.mark.parametrize(("first", "rest"), [(b"one\n", b"two\n"), (b"tick\n", b"tick\n"), (b"", b"one\n")])
-def test_row_08_a_stream_that_ends_just_before_the_exit(
-    fake: FakeDocker, caplog: pytest.LogCaptureFixture, first: bytes, rest: bytes
-) -> None:
-    """As Docker 20.10 does when the driver `local` starts a new file."""
+def test_a_stream_that_breaks_just_before_the_exit(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
     fake.exited.clear()
-    fake.end = frame(1, first) + frame(1, rest)
-    fake.streams = [[frame(1, first), fake.exited.set], [frame(1, rest)]]
+    fake.handle_error = lambda *_: None  # type: ignore[method-assign]
+    fake.streams = [[frame(1, b"one\n"), fake.exited.set, break_off]]
     assert wait(fake)["StatusCode"] == 0
-    logged = [line for line in lines(caplog) if not line.startswith("Container")]
-    assert logged == (first + rest).decode().split()
-    assert len([line for line in lines(caplog, logging.WARNING) if "lines may be missing" in line]) == 1
+    [warned] = lines(caplog, logging.WARNING)
+    assert "lines may be missing" in warned
 
 
-def test_row_08_a_stream_that_ends_before_any_output(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
-    fake.exited.clear()
-    fake.streams = [[], [frame(1, b"one\n"), fake.exited.set]]
-    wait(fake)
-    assert "one" in lines(caplog)
-    assert float(fake.asked("GET /containers/logs")[1]["since"]) == 0, "from the beginning"
+def test_a_log_driver_that_cannot_be_read(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+    fake.logs = {"message": "configured logging driver does not support reading"}, 501
+    assert wait(fake)["StatusCode"] == 0
+    with pytest.raises(signals.SKIP, match="does not support reading"):
+        GetContainerLogs(docker_server_url=fake.url).run(container_id=ID)
+    [warned] = lines(caplog, logging.WARNING)
+    assert "does not support reading" in warned
 
 
-def test_row_08_the_run_ends_when_the_container_has(
+@pytest.mark.parametrize("drips", [False, True], ids=["stalls", "drips"])
+def test_getting_the_logs_is_bounded_in_time(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
+    monkeypatch.setattr("flows.output.READ_SECONDS", 0.5)
+    monkeypatch.setattr("flows.tasks.READ_SECONDS", 0.5)
+    pause = fake.closing.wait if not drips else lambda: fake.closing.wait(0.1)
+    fake.end = (item for _ in range(100) for item in (frame(1, b"one\n"), pause))
+    started = time.monotonic()
+    with pytest.raises(signals.SKIP, match=r"No logs: .*(timed out|did not end)"):
+        GetContainerLogs(docker_server_url=fake.url).run(container_id=ID)
+    assert time.monotonic() - started < 3
+
+
+def test_the_run_ends_when_the_container_has(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("flows.output.OUTPUT_GRACE_SECONDS", 0.2)
@@ -470,7 +544,7 @@ def test_row_08_the_run_ends_when_the_container_has(
     assert any("Docker did not end the output" in line for line in lines(caplog, logging.WARNING))
 
 
-def test_row_09_docker_could_not_read_the_output(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+def test_docker_could_not_read_the_output(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
     fake.streams = [[frame(1, b"one\n"), frame(3, b"Error grabbing logs: invalid character\n")]]
     wait(fake)
     warned = lines(caplog, logging.WARNING)
@@ -479,7 +553,7 @@ def test_row_09_docker_could_not_read_the_output(fake: FakeDocker, caplog: pytes
     assert "one" in lines(caplog)
 
 
-def test_row_10_what_a_container_writes_after_sigterm(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_container_writes_after_sigterm(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
     fake.exited.clear()
     fake.streams = [[frame(1, b"up\n"), fake.exited.wait, frame(1, b"saving\n"), frame(2, b"no newline")]]
     with pytest.raises(signals.FAIL, match="was stopped at its time limit"):
@@ -521,7 +595,7 @@ def test_a_daemon_that_is_gone(nowhere: int) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_row_12_the_arguments_are_prefects(name: str) -> None:
+def test_the_arguments_are_prefects(name: str) -> None:
     ours, theirs = getattr(tasks, name), getattr(prefect_docker, name)
     expected = list(inspect.signature(theirs.run).parameters)
     assert list(inspect.signature(ours.run).parameters)[: len(expected)] == expected
@@ -532,7 +606,7 @@ def test_row_12_the_arguments_are_prefects(name: str) -> None:
         assert getattr(by_position, argument) == getattr(by_name, argument) == value
 
 
-def test_row_12_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
+def test_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
     with Flow("like Prefect's") as flow:
         image = PullImage("app", "1", fake.url, stream_logs=True)()
         container = CreateContainer(docker_server_url=fake.url, extra_docker_kwargs={"labels": ["a"]})(image)
@@ -550,7 +624,7 @@ def test_row_12_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
     assert "5" in [query.get("tail") for query in fake.asked("GET /containers/logs")]
 
 
-def test_row_14_an_environment_as_json_writes_it(fake: FakeDocker) -> None:
+def test_an_environment_as_json_writes_it(fake: FakeDocker) -> None:
     environment = {"A": True, "B": 1, "C": 1.5, "D": "x=y", "E": "", "F": None, "G": False}
     CreateContainer(docker_server_url=fake.url).run(image_name="app:1", environment=environment)
     CreateContainer(docker_server_url=fake.url).run(image_name="app:1", environment=["A=1"])
@@ -562,14 +636,80 @@ def test_row_14_an_environment_as_json_writes_it(fake: FakeDocker) -> None:
     assert "hunter2" not in str(failure.value)
 
 
-def test_row_15_dockers_errors_are_short(fake: FakeDocker) -> None:
+@pytest.mark.parametrize("name", ["on-failure", "always", "unless-stopped"])
+def test_a_restart_policy_is_refused_before_there_is_a_container(fake: FakeDocker, name: str) -> None:
+    with pytest.raises(signals.FAIL, match=f"restart policy '{name}'.*Prefect's retries"):
+        CreateContainer(docker_server_url=fake.url).run(
+            image_name="app:1", host_config={"restart_policy": {"Name": name, "MaximumRetryCount": 3}}
+        )
+    assert fake.requests == []
+
+
+@pytest.mark.parametrize("policy", [None, {}, {"Name": ""}, {"Name": "no"}], ids=str)
+def test_no_restart_policy(fake: FakeDocker, policy: dict[str, str] | None) -> None:
+    CreateContainer(docker_server_url=fake.url).run(image_name="app:1", host_config={"restart_policy": policy})
+    assert fake.asked("POST /containers/create")
+
+
+def test_no_log_driver_is_set(fake: FakeDocker) -> None:
+    """Docker's default, and the log-opts of the daemon, hold."""
+    CreateContainer(docker_server_url=fake.url).run(image_name="app:1", host_config={"mem_limit": "1g"})
+    [create] = fake.asked("POST /containers/create")
+    assert "LogConfig" not in json.loads(create["body"])["HostConfig"]
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments"),
+    [
+        (CreateContainer, {"image_name": "app:1", "host_config": {"mem_limit": "1x"}}),
+        (CreateContainer, {"image_name": "app:1", "host_config": {"restart_policy": 5}}),
+        (CreateContainer, {"image_name": "app:1", "host_config": {"no_such": 1}}),
+        (CreateContainer, {"image_name": "app:1", "extra_docker_kwargs": {"no_such": 1}}),
+        (StartContainer, {"container_id": ID, "extra_docker_kwargs": {"no_such": 1}}),
+        (PullImage, {"repository": "app:1", "extra_docker_kwargs": {"no_such": 1}}),
+        (WaitOnContainer, {"container_id": ID, "extra_docker_kwargs": {"no_such": 1}}),
+    ],
+)
+def test_what_the_sdk_finds_wrong_with_arguments_is_a_failure(
+    fake: FakeDocker, task: Any, arguments: dict[str, Any]
+) -> None:
+    with pytest.raises(signals.FAIL, match=r"no_such|1x|restart|no longer supported"):
+        task(docker_server_url=fake.url).run(**arguments)
+
+
+@pytest.mark.parametrize(
+    "error", [TypeError("'NoneType' object is not subscriptable"), ValueError("a bug"), KeyError("x")]
+)
+@pytest.mark.parametrize(
+    ("call", "task", "argument"),
+    [
+        ("create_container", CreateContainer, "image_name"),
+        ("start", StartContainer, "container_id"),
+        ("wait", WaitOnContainer, "container_id"),
+        ("pull", PullImage, "repository"),
+    ],
+)
+def test_a_bug_stays_a_bug(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, call: str, task: Any, argument: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(docker.APIClient, call, fail)
+    with pytest.raises(type(error)) as raised:
+        task(docker_server_url=fake.url).run(**{argument: ID})
+    assert raised.value is error
+    assert raised.traceback[-1].name == "fail"
+
+
+def test_dockers_errors_are_short(fake: FakeDocker) -> None:
     fake.pull = [{"error": "x" * 100_000 + " not found"}]
     with pytest.raises(signals.FAIL) as failure:
         PullImage(docker_server_url=fake.url).run(repository="app:1")
     assert len(str(failure.value)) < 700
 
 
-def test_row_15_no_value_of_an_environment_in_a_message(fake: FakeDocker) -> None:
+def test_no_value_of_an_environment_in_a_message(fake: FakeDocker) -> None:
     with pytest.raises(signals.FAIL) as failure:
         CreateContainer(docker_server_url=fake.url).run(image_name="app:1", environment=["A=1", "=hunter2"])
     assert "hunter2" not in str(failure.value)
@@ -580,7 +720,7 @@ def test_row_15_no_value_of_an_environment_in_a_message(fake: FakeDocker) -> Non
 @pytest.mark.parametrize(
     ("task", "argument"), [*zip(NAMES, ("repository", "image_name", "container_id", "container_id", "container_id"))]
 )
-def test_row_36_a_missing_argument_is_a_value_error(
+def test_a_missing_argument_is_a_value_error(
     fake: FakeDocker, caplog: pytest.LogCaptureFixture, task: str, argument: str, given: list[Any]
 ) -> None:
     with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match=argument):

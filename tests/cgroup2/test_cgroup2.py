@@ -1,0 +1,53 @@
+"""On a node with cgroup v2, what the daemon starts counts to the pod, and ends with it."""
+
+from __future__ import annotations
+
+import pytest
+
+from flows.settings import JOB_TEMPLATES
+from tests.cgroup2.conftest import Pod
+from tests.cgroup2.machine import INNER, Node
+
+# gvisor_sidecar's daemon has cgroups of its sandbox's kernel, which is one process tree in the pod
+TEMPLATES = [path.stem for path in JOB_TEMPLATES.glob("*.yaml") if "gvisor" not in path.stem]
+HUNGRY = f"--network=none {INNER} dd if=/dev/zero of=/dev/null bs=600M count=1"  # takes 600 MiB of memory
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_container_counts_to_the_pod_and_dies_alone_at_its_own_limit(node: Node, template: str) -> None:
+    pod = Pod(node, template)
+    assert pod.cgroup_of_sleeper().startswith(f"{pod.cgroup}/{pod.id}/docker/")
+    pod.sh(f"docker run --name=hungry --memory=100m {HUNGRY} || true")
+    state = "{{.State.ExitCode}} OOMKilled={{.State.OOMKilled}} Running={{.State.Running}}"
+    seen = pod.sh(f"docker inspect --format '{state}' hungry sleeper").splitlines()
+    assert seen == ["137 OOMKilled=true Running=false", "0 OOMKilled=false Running=true"]
+    pod.stop()
+    assert pod.ended()[0] == 0
+    pod.remove()
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_more_memory_than_the_pod_has_ends_the_daemon_with_all_containers(node: Node, template: str) -> None:
+    """What SIGKILL to all of them leaves is asserted as well."""
+    pod = Pod(node, template)
+    with pytest.raises(AssertionError):  # the Docker client dies with all else
+        pod.sh(f"docker run {HUNGRY}")
+    assert pod.ended() == (137, "OOMKilled")
+    pod.remove()
+
+
+def test_nothing_is_left_after_sigkill(node: Node) -> None:
+    pod = Pod(node, "native_sidecar")
+    node.run(f"crictl -t 100s stop --timeout 0 {pod.id}")
+    assert pod.ended()[0] == 137
+    pod.remove()
+
+
+def test_without_a_cgroup_namespace_of_its_own_no_limit_holds(node: Node) -> None:
+    """As with the entrypoint of docker:29.7.2-dind: each of the tests above would fail."""
+    pod = Pod(node, "native_sidecar", command=["docker-init", "--"])
+    assert pod.cgroup_of_sleeper().startswith("/docker/")
+    pod.sh(f"docker run {HUNGRY}")
+    node.run(f"crictl -t 100s stop --timeout 0 {pod.id}")
+    with pytest.raises(AssertionError, match="nothing is left"):
+        pod.remove()

@@ -1,0 +1,123 @@
+"""docs/from-your-flows.md: other flows start the registered flow, and a repository of one's own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.serialization.schedule import ScheduleSchema
+
+from tests.kubernetes.conftest import Namespace, Run
+from tests.support.pages import example
+from tests.support.prefect_api import FlowRun, PrefectAPI
+
+Parent = Callable[..., str]
+PREFECT = str(Path(sys.executable).with_name("prefect"))
+
+
+@pytest.fixture
+def parent(api: PrefectAPI, flow_id: str, agent: str, tmp_path: Path, prefect: Callable[..., str]) -> Parent:
+    """Register a flow that starts the registered one; returns its id. It needs neither image nor Agent to run here."""
+
+    def register(source: str) -> str:
+        (tmp_path / "parent.py").write_text(source)
+        home = str(tmp_path / "home")  # of the storage
+        prefect("register", "--project", "containers", "--path", str(tmp_path / "parent.py"), PREFECT__HOME_DIR=home)
+        return next(reversed(api.flows))
+
+    return register
+
+
+@contextmanager
+def executing(api: PrefectAPI, record: FlowRun, **environment: str) -> Iterator[None]:
+    """A flow run's process, as an Agent would start it."""
+    environment = {
+        **os.environ,
+        **api.env,
+        "PREFECT__CONTEXT__FLOW_RUN_ID": record.id,
+        "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner",
+        **environment,
+    }
+    process = subprocess.Popen([PREFECT, "execute", "flow-run"], env=environment, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def new_run(api: PrefectAPI, flow_id: str, **options: Any) -> FlowRun:
+    """A flow run that no Agent takes."""
+    return api.flow_runs[api.create_flow_run(flow_id, labels=["executed-by-the-test"], **options)]
+
+
+def children(api: PrefectAPI, record: FlowRun) -> list[FlowRun]:
+    return [run for run in api.flow_runs.values() if run.name.startswith(f"{record.name}-")]
+
+
+def test_a_parent_on_a_schedule_ends_as_its_container_ends(
+    api: PrefectAPI, parent: Parent, small_image: str, namespace: Namespace
+) -> None:
+    """The tests' API has no scheduler. The test does what Prefect Server's does with the stored schedule."""
+    parent_id = parent(example("scheduled").replace("alpine:3", small_image))
+    schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
+    events = schedule.next(10, return_events=True)
+    assert {event.parameter_defaults["command"] for event in events} == {"echo every night", "echo every Monday"}
+
+    fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
+    runs = [new_run(api, parent_id, parameters=each) for each in (events[0].parameter_defaults, fails)]
+    good, bad = (Run(namespace, run) for run in runs)
+    with executing(api, good.record), executing(api, bad.record):
+        assert good.reaches("Success", "Failed").state == "Success", good.seen()
+        good.logged(events[0].parameter_defaults["command"].removeprefix("echo "))
+        assert bad.reaches("Success", "Failed").state == "Failed", bad.seen()
+    assert any("exited with code 3" in str(run.message) for run in bad.record.task_runs)
+    assert [[child.state for child in children(api, run)] for run in runs] == [["Success"], ["Failed"]]
+
+
+class _Slack(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.messages.append(body.decode())  # type: ignore[attr-defined]
+        self.send_response(200)
+        self.end_headers()
+
+
+@pytest.fixture
+def slack() -> Iterator[HTTPServer]:
+    with HTTPServer(("127.0.0.1", 0), _Slack) as server:
+        server.messages = []  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_parent_with_retries_notification_and_results(
+    api: PrefectAPI, parent: Parent, small_image: str, namespace: Namespace, slack: HTTPServer
+) -> None:
+    """Three containers, one of which always fails: it is tried in four runs, and is told of once."""
+    fails = '{"image": "alpine:3", "command": ["sh", "-c", "exit 3"]}'
+    edits = {"range(30)\n]": f"(20, 22)\n] + [{fails}]", "minutes=1": "seconds=1", "alpine:3": small_image}
+    source = example("parent")
+    for old, new in edits.items():
+        assert old in source
+        source = source.replace(old, new)
+    record = new_run(api, parent(source))
+    url = f"http://127.0.0.1:{slack.server_port}"
+    with executing(api, record, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
+        Run(namespace, record).reaches("Failed", "Success", timeout=240)
+    assert record.state == "Failed"  # the total misses one of its three
+    states = sorted(child.state for child in children(api, record))
+    assert states == ["Failed"] * 4 + ["Success"] * 2, record
+    results = {run.map_index: run.state for run in record.task_runs if "run_container" in run.task.slug}
+    assert results == {-1: "Mapped", 0: "Success", 1: "Success", 2: "Failed"}, record
+    [message] = slack.messages  # type: ignore[attr-defined]
+    assert "exited with code 3" in message
