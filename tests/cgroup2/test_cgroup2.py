@@ -9,7 +9,7 @@ from tests.cgroup2.conftest import Pod
 from tests.cgroup2.machine import INNER, Node
 
 # gvisor_sidecar's daemon has cgroups of its sandbox's kernel, which is one process tree in the pod
-TEMPLATES = [path.stem for path in JOB_TEMPLATES.glob("*.yaml") if "gvisor" not in path.stem]
+TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml") if "gvisor" not in path.stem)
 HUNGRY = f"--network=none {INNER} dd if=/dev/zero of=/dev/null bs=600M count=1"  # takes 600 MiB of memory
 
 
