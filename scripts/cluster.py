@@ -34,6 +34,7 @@ CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
 GVISOR = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "gvisor"}, "handler": "runsc"}
+WORKERS = {"tests/unit": 2, "tests/docker": 2, "tests/kubernetes": 5}  # for two cores; tests on a cluster mostly wait
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -164,8 +165,11 @@ def main(what: str) -> None:
                     shutil.rmtree(path)
                 elif path.name != "lock":  # for which another `make` may wait
                     path.unlink()
-    elif what in ("test", "bench"):
-        paths = [str(path) for folder in testable() for path in Path(folder).glob(f"{what}_*.py")]
+    elif what == "test":
+        commands = [[sys.executable, "-m", "pytest", f"-n{WORKERS[folder]}", folder] for folder in testable()]
+        sys.exit(max(subprocess.run(command).returncode for command in commands))
+    elif what == "bench":
+        paths = [str(path) for folder in testable() for path in Path(folder).glob("bench_*.py")]
         sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)
     else:
         with engine.running() as client:

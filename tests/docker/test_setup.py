@@ -88,7 +88,7 @@ def test_a_dockerd_that_cannot_start_leaves_what_is_there(
     monkeypatch.setattr(setup.sys, "platform", "linux")
     with pytest.raises(SetupError, match="no such luck"):
         setup.start()
-    assert {container.id for container in engine.containers.list()} == before
+    assert before <= {container.id for container in engine.containers.list()}
 
 
 def test_a_registry_is_waited_for_whatever_it_has_logged(
