@@ -8,6 +8,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import docker
@@ -18,8 +19,7 @@ from docker.errors import APIError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.daemon import failure, load_config, unavailable
-from flows.text import abbreviated
+from flows.daemon import abbreviated, failure, load_config, unavailable
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 # Docker answers HTTP 200 before most errors come, so that its words decide, without the names of images and hosts.
@@ -56,7 +56,9 @@ class Pull(threading.Thread):
                 if self._options.get("auth_config") is None:
                     self._options["auth_config"] = self._login()
                 for event in self._client.pull(stream=True, decode=True, **self._options):
-                    self._add(event if isinstance(event, dict) else {})
+                    self.heard = time.monotonic()
+                    with suppress(AttributeError, KeyError, TypeError, ValueError):  # an event may have any shape
+                        self._add(event)
         except Exception as error:
             self.error = error
 
@@ -74,20 +76,17 @@ class Pull(threading.Thread):
         return login or {}
 
     def _add(self, event: dict[str, Any]) -> None:
-        self.heard = time.monotonic()
         if error := event.get("error") or event.get("errorDetail"):
             words = str(error.get("message") if isinstance(error, dict) else error)
             raise APIError(words, explanation=words)
-        status, layer = (value if isinstance(value := event.get(key), str) else "" for key in ("status", "id"))
-        if status:
-            self._log(status)
+        status, layer = event["status"], event.get("id")
+        self._log(status)
         if status.startswith("Status: "):
             self.outcome = status[len("Status: ") :]
-        elif status and layer and not status.startswith("Pulling from"):
+        elif layer and not status.startswith("Pulling from"):
             self._layers[layer] = status
-        if status == "Downloading" and isinstance(detail := event.get("progressDetail"), dict):
-            current = detail.get("current")
-            self._received[layer] = current if isinstance(current, (int, float)) else 0
+        if status == "Downloading":
+            self._received[layer] = float(event["progressDetail"]["current"])
 
     def __str__(self) -> str:
         layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
