@@ -6,7 +6,6 @@ import codecs
 import itertools
 import json
 import math
-import struct
 import threading
 import time
 from collections import defaultdict, deque
@@ -25,17 +24,12 @@ FLUSH_SECONDS = 1  # how often a running container's output goes to the run's lo
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
 UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
-# What may wait for that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB at once. Prefect then
-# sends the same logs again and again, and none after them.
+# For that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB, and no later log would reach it.
 UPLOAD_BYTES = 2_500_000
 WAITING_BYTES = 5 << 18  # of output that waits here; more is dropped, from the middle
 BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
 LINE_LENGTH = 1 << 16  # a line is broken that is longer
-# Docker's numbers of the streams. SYSTEM carries what is wrong with the output itself.
-STDOUT, STDERR, SYSTEM = 1, 2, 3
-
-NOT_TAKEN = "Prefect's API takes no logs; the last lines are dropped"
-_HEADER = struct.Struct(">BxxxL")
+STDOUT, STDERR, SYSTEM = 1, 2, 3  # Docker's numbers of the streams; SYSTEM says what is wrong with the output
 
 
 def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
@@ -44,20 +38,15 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
     With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
-    if tty:
-        yield from ((STDOUT, chunk) for chunk in chunks)
-        return
     buffer = b""
     for chunk in chunks:
-        buffer, start = buffer + chunk, 0
-        while len(buffer) - start >= _HEADER.size:
-            stream, length = _HEADER.unpack_from(buffer, start)
-            end = start + _HEADER.size + length
-            if end > len(buffer):
-                break
-            yield stream or STDOUT, buffer[start + _HEADER.size : end]
-            start = end
-        buffer = buffer[start:]
+        if tty:
+            yield STDOUT, chunk
+            continue
+        buffer += chunk
+        while len(buffer) >= 8 and len(buffer) >= (end := 8 + int.from_bytes(buffer[4:8], "big")):
+            yield buffer[0] or STDOUT, buffer[8:end]
+            buffer = buffer[end:]
 
 
 def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Iterator[tuple[int, bytes]]:
@@ -237,7 +226,10 @@ class Watch:
                 self._over.set()
             room = self._hand_on(log)
             if over and (now > last or not self._batch):
-                for text in [*self._batch.rest(), *[(SYSTEM, NOT_TAKEN)] * bool(self._batch)]:
+                for text in [
+                    *self._batch.rest(),
+                    *[(SYSTEM, "Prefect's API takes no logs; the last lines are dropped")] * bool(self._batch),
+                ]:
                     log(*text)
                 return True
             if over:

@@ -47,7 +47,7 @@ class Pull(threading.Thread):
         self.heard = time.monotonic()  # when the last event came
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
         self._layers: dict[str, str] = {}  # id: status
-        self._received: dict[str, float] = {}  # id: bytes
+        self._received: dict[Any, float] = {}  # id: bytes
 
     def run(self) -> None:
         """Pull, and add the events."""
