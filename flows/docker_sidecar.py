@@ -7,6 +7,7 @@ A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
 """
 
 import os
+from typing import Any
 
 from prefect import Flow, Parameter
 from prefect.run_configs import KubernetesRun
@@ -19,7 +20,7 @@ from flows.states import fail_with_cause, handle_pod_lifecycle
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
-daemon = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
+daemon: dict[str, Any] = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
 
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import docker
 import docker.auth
 import pendulum
 import prefect
@@ -42,9 +41,8 @@ class Pull(threading.Thread):
 
     def __init__(self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
-        self.outcome = self.login_fault = ""
+        self.outcome, self.login_fault, self.heard = "", "", time.monotonic()  # heard: when the last event came
         self.error: Exception | None = None
-        self.heard = time.monotonic()  # when the last event came
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
         self._layers: dict[str, str] = {}  # id: status
         self._received: dict[Any, float] = {}  # id: bytes
@@ -97,13 +95,11 @@ class Pull(threading.Thread):
         words = re.sub(_NAMES, " ", words[-2000:])
         overloaded = re.search(_OVERLOADED, words)
         permanent = None if overloaded else re.search(_PERMANENT, words)
-        kind, login = permanent and permanent.lastgroup, self._options.get("auth_config")
-        if (kind == "login" and login) or (
-            kind == "forbidden" and (login or ".dkr.ecr." in self._options["repository"])
-        ):
+        kind, login = (permanent and permanent.lastgroup) or "", self._options.get("auth_config")
+        if (login and kind in ("login", "forbidden")) or (kind == "forbidden" and ".dkr.ecr." in message):
             kind = "expired"
-        advice = [_ADVICE.get(kind or ""), self.login_fault if kind == "login" else ""]
-        message += f" ({'; '.join(filter(None, advice))})" if any(advice) else ""
+        advice = filter(None, [_ADVICE.get(kind), self.login_fault if kind == "login" else ""])
+        message += f" ({'; '.join(advice)})" if kind in _ADVICE else ""
         refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
         attempt = prefect.context.get("task_run_count", 1)
         if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):

@@ -42,10 +42,7 @@ class _DockerTask(prefect.Task):
 
 
 def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate ``run``: it takes the arguments of Prefect's task of that name, with the constructor's as defaults.
-
-    The first one is required. An error is a FAIL that says ``what`` failed.
-    """
+    """Decorate ``run``: it takes the arguments of Prefect's, of which the first is required. An error is a FAIL."""
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(theirs.run)
