@@ -35,10 +35,8 @@ def unavailable(error: BaseException) -> bool:
 
 def error_message(error: Exception, docker_server_url: str) -> str:
     """Docker's own words, or why the daemon does not answer."""
-    if isinstance(error, APIError):
-        return str(error.explanation or error)
     if not unavailable(error):
-        return str(error)
+        return str(getattr(error, "explanation", None) or error)
     reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
     return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
 

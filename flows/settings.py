@@ -100,8 +100,8 @@ def load_job_template(name: str) -> dict[str, Any]:
 def _job(text: str) -> dict[str, Any]:
     placeholders = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
     try:  # as JSON, which is what the Prefect API stores; of a StringIO, an error does not quote a line
-        documents = list(filter(None, yaml.load_all(io.StringIO(text), _Loader)))
-        documents = json.loads(json.dumps(documents, allow_nan=False), object_hook=_without_null)
+        encoded = json.dumps(list(filter(None, yaml.load_all(io.StringIO(text), _Loader))), allow_nan=False)
+        documents = json.loads(encoded, object_hook=_without_null)
     except Exception as error:  # PyYAML and json raise errors of many types
         reason = re.sub(r"'(?!<)[^']{2,}'", "…", str(error))  # a value may be a secret
         raise ValueError(f"it is not YAML that Kubernetes takes ({reason}){placeholders}") from None
@@ -113,9 +113,7 @@ def _job(text: str) -> dict[str, Any]:
     try:  # what the Agent reads; the API server checks the rest
         _ = [variable["name"] for variable in job["spec"]["template"]["spec"]["containers"][0].get("env", [])]
     except (AttributeError, LookupError, TypeError):
-        raise ValueError(
-            "the Agent needs spec.template.spec.containers[0], and a name in each mapping in its env"
-        ) from None
+        raise ValueError("the Agent needs spec.template.spec.containers[0], and a name in each item of env") from None
     return job
 
 
