@@ -103,9 +103,8 @@ def bypass_proxy(docker_server_url: str) -> None:
 def connect(docker_server_url: str) -> docker.APIClient:
     """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST."""
     bypass_proxy(docker_server_url)
-    tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
-    options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
-    return docker.APIClient(**options)
+    tls: Any = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
+    return docker.APIClient(**{**tls, "base_url": docker_server_url, "version": "auto"})
 
 
 def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:

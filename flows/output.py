@@ -24,8 +24,7 @@ FLUSH_SECONDS = 1  # how often a running container's output goes to the run's lo
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
 UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
-# For that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB, and no later log would reach it.
-UPLOAD_BYTES = 2_500_000
+UPLOAD_BYTES = 2_500_000  # for it, as they are sent: with more than 5 MB, Prefect Server refuses it and all later ones
 WAITING_BYTES = 5 << 18  # of output that waits here; more is dropped, from the middle
 BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
 LINE_LENGTH = 1 << 16  # a line is broken that is longer
