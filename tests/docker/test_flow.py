@@ -374,11 +374,10 @@ def test_terminated(
 ) -> None:
     monkeypatch.setattr("flows.tasks.STOP_GRACE_SECONDS", 1)
     sender = send_when_running(signal.SIGTERM, daemon, logs)
-    run = flow_run(image=image, command=["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
+    with pytest.raises(KeyboardInterrupt):
+        flow_run(image=image, command=["sh", "-c", "trap '' TERM; echo up; while :; do sleep 0.1; done"])
     sender.join()
-    assert run.state.is_failed()
-    assert "was stopped because the flow's process got SIGTERM" in run.state.message
-    assert run.naming("after 1 s SIGKILL")
+    assert any("after 1 s SIGKILL" in text for _, _, text in logs)
 
 
 def test_time_limit(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
