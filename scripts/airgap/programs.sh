@@ -14,7 +14,7 @@ set -euo pipefail
 module=$1
 here=$(cd "$(dirname "$0")" && pwd)
 cache=${XDG_CACHE_HOME:-$HOME/.cache}/docker-sidecar-on-kubernetes/programs
-out=$cache/$module-$(cat "$0" "$here/$module"/go.* | sha256sum | cut -c1-12)
+out=$cache/$module-$(cat "$here/$module"/* | sha256sum | cut -c1-12)
 work=$cache/$module.building
 say() { echo "airgap: [${SECONDS}s] $*" >&2; }
 stop() { say "$*"; exit 1; }
@@ -50,33 +50,8 @@ build() { # what to build, and options
 }
 mkdir -p "$work/bin"
 say "$module: compiling (minutes)"
-case $module in
-    docker)
-        moby=$(go list -m -f '{{.Version}}' github.com/moby/moby/v2)
-        flags="-X github.com/moby/moby/v2/dockerversion.Version=29-moby-$moby"
-        mapfile -t tools < <(go list tool | grep -v /opencontainers/runc$)
-        CGO_ENABLED=0 build "${tools[@]}"
-        dpkg-query -s libseccomp-dev gcc >/dev/null 2>&1 || "$here/../apt-install.sh" gcc libc6-dev libseccomp-dev
-        flags='-extldflags=-static' CGO_ENABLED=1 build -tags=seccomp,netgo,osusergo github.com/opencontainers/runc
-        ;;
-    kubernetes)
-        IFS=v. read -r _ major minor _ < <(go list -m -f '{{.Version}}' k8s.io/kubernetes)
-        package=k8s.io/component-base/version
-        flags="-X $package.gitVersion=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)"
-        flags+=" -X $package.gitMajor=$major -X $package.gitMinor=$minor"
-        CGO_ENABLED=0 build tool
-        mv "$work/bin/server" "$work/bin/etcd"
-        ;;
-    gvisor)
-        # the shim insists on a lower oom_score_adj, which a host without CAP_SYS_RESOURCE refuses
-        cp -r "$(go list -m -f '{{.Dir}}' gvisor.dev/gvisor)" "$work/source" && chmod -R u+w "$work/source"
-        sed -i 's/oomScoreMax = -999/oomScoreMax = 0/' "$work/source/pkg/shim/v1/manager.go"
-        cp go.mod go.sum "$work" && go mod edit -replace "gvisor.dev/gvisor=$work/source" "$work/go.mod"
-        CGO_ENABLED=0 build "-modfile=$work/go.mod" tool
-        mv "$work/bin/shim" "$work/bin/containerd-shim-runsc-v1"
-        ;;
-    *) CGO_ENABLED=0 build tool ;;
-esac
+# shellcheck disable=SC1091 # of each module
+. ./build.sh
 mv "$work/bin" "$out"
 chmod -R u+w "$work" && rm -rf "$work" # Go's modules are read-only
 say "$module: done, $(du -sh "$out" | cut -f1) in $out"

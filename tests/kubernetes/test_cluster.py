@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from flows.settings import load_job_template
+from flows.states import SIGTERM_CAUSE
 from scripts import cluster
 from tests.kubernetes.conftest import Namespace, Run, daemon_of
 from tests.support.prefect_api import PrefectAPI
@@ -152,7 +153,7 @@ def test_job_deleted_in_mid_run(submit: Submit, template: Template, namespace: N
     run.wait(ended, "nothing of the pod runs any more", 20)
     # kubelet may miss that, and finds out when it looks at all its pods, once a minute
     run.wait(lambda: not namespace.pods(run.record.id), "the pod is gone", 120)
-    assert "was stopped because the flow's process got SIGTERM" in run.reaches("Failed", timeout=5).message
+    assert run.reaches("Failed", timeout=5).message == SIGTERM_CAUSE
 
 
 def answers(namespace: Namespace, pod: str, container: str, address: str) -> str:

@@ -7,9 +7,12 @@ from typing import Any
 
 import docker
 import pytest
+import yaml
 
+from flows.settings import PROJECT
 from scripts import cluster
 from tests.kubernetes.conftest import Namespace, Run
+from tests.support.pages import example
 
 Submit = Callable[..., Run]
 # all that a container can ask its daemon for
@@ -64,3 +67,10 @@ def test_a_container_that_asks_for_everything(
     assert processes
     rights = {tuple(process) for process in processes} - {(node, "0" * 16), ()}  # one may have ended meanwhile
     assert any(user_namespace == node for user_namespace, _ in rights) is not is_sandbox, processes
+
+
+def test_the_node_is_configured_as_the_page_says() -> None:
+    node = PROJECT / "scripts" / "airgap" / "node"
+    assert (node / "runsc.toml").read_text() == example("gvisor-runsc")
+    assert (node / "containerd.toml").read_text().endswith(example("gvisor-containerd"))
+    assert yaml.safe_load(example("gvisor-runtime-class")) == cluster.GVISOR

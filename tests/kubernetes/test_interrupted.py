@@ -61,7 +61,7 @@ def silent_registry(engine: docker.DockerClient) -> Iterator[str]:
         "import socket, time; s = socket.create_server(('', 5000)); print('listening', flush=True); time.sleep(300)"
     )
     with container(engine, PREFECT, ["python", "-c", listen], network=cluster.NETWORK) as found:
-        wait_for(lambda: b"up" in found.logs(), "it listens", found.logs)
+        wait_for(lambda: b"listening" in found.logs(), "it listens", found.logs)
         yield found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"] + ":5000"
 
 
@@ -82,7 +82,7 @@ def test_a_node_that_is_drained(submit: Submit, template: dict[str, Any], engine
     node = engine.containers.get(cluster.NODE)
     try:
         drain = [*kubectl, "drain", cluster.NODE, f"--pod-selector=prefect.io/flow_run_id={run.record.id}"]
-        status, output = node.exec_run([*drain, "--timeout=60s"])
+        status, output = node.exec_run([*drain, "--delete-emptydir-data", "--timeout=60s"])
         assert status == 0, output.decode()
     finally:
         node.exec_run([*kubectl, "uncordon", cluster.NODE])

@@ -71,7 +71,7 @@ def test_more_runs_than_slots(submit: Submit, namespace: Namespace, kept_layers:
     template = edited(kept_layers, "0 1 2 3 4 5 6 7", "0")
     first = submit(template, command=FOREVER)
     first.container_writes("up")
-    second = submit(template, command="echo in the pod's own store")
+    second = submit(template, command="echo in a store of its own")
     assert second.reaches("Success", "Failed").state == "Success", second.seen()
 
 

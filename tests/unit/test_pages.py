@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import toml
 import yaml
 from markdown_it import MarkdownIt
 
@@ -44,6 +45,7 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
     "python": lambda text: compile(text, "example", "exec"),
     "sh": lambda text: subprocess.run(["bash", "-n"], input=text, text=True, check=True),
+    "toml": toml.loads,
     "yaml": lambda text: list(yaml.safe_load_all(text)),
 }
 
