@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import json
 import os
 import re
@@ -15,15 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import docker
+import docker.auth
 import docker.utils
 import requests
 import urllib3
-from docker.errors import APIError, DockerException, TLSParameterError
+from docker.errors import APIError, DockerException, InvalidConfigFile, TLSParameterError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
-
-from flows.text import abbreviated
 
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
@@ -38,12 +35,16 @@ def unavailable(error: BaseException) -> bool:
 
 def error_message(error: Exception, docker_server_url: str) -> str:
     """Docker's own words, or why the daemon does not answer."""
-    if isinstance(error, APIError):
-        return str(error.explanation or error)
     if not unavailable(error):
-        return str(error)
+        return str(getattr(error, "explanation", None) or error)
     reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
     return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
+
+
+def abbreviated(text: str, length: int = 80) -> str:
+    """A text that is short enough for a message: its start and its end. PostgreSQL, as Prefect's store, refuses NUL."""
+    text, half = text.replace("\0", "\ufffd"), length // 2
+    return text if len(text) <= length else f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
 
 
 def failure(message: str) -> signals.FAIL:
@@ -75,14 +76,11 @@ def load_config() -> tuple[dict[str, Any], list[str]]:
     for registry, login in logins.items():
         try:
             name, password, auth = (login.get(key) or "" for key in ("username", "password", "auth"))
-            if auth := "".join(auth.split()):
-                text = base64.b64decode(auth + "=" * (-len(auth) % 4), validate=True).decode()
-                name, password = text.split(":", 1)
-            if name:
-                logins[registry] = {**login, "auth": base64.b64encode(f"{name}:{password}".encode()).decode()}
-            elif "auth" in login and not login.get("identitytoken"):
-                raise ValueError
-        except (AttributeError, TypeError, ValueError):
+            if auth or name:
+                auth = auth or base64.b64encode(f"{name}:{password}".encode()).decode()
+                logins[registry] = {**login, "auth": auth + "==="}  # padded, or more than that, which is no matter
+            docker.auth.AuthConfig.parse_auth({registry: logins[registry]}, raise_on_error=True)
+        except (AttributeError, InvalidConfigFile, TypeError, ValueError):
             logins[registry] = {}
             faults.append(f"the login for {registry!r} in {path!r} is broken, and is left out")
     return {**config, "auths": logins} if logins else config, faults
@@ -98,23 +96,21 @@ def bypass_proxy(docker_server_url: str) -> None:
     host = address.hostname or "localhost"  # a socket has none
     local = re.match(r"(localhost|127\..*|::1|0\.0\.0\.0)$", host)
     if local and requests.utils.get_environ_proxies(f"http://{address.netloc or host}"):
-        for name in [name for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)] or ["no_proxy"]:
-            if os.environ.get(name) != "*":
-                os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
+        name = "no_proxy" if os.environ.get("no_proxy") else "NO_PROXY"  # the one that requests reads
+        os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
 
 
 def connect(docker_server_url: str) -> docker.APIClient:
     """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST."""
     bypass_proxy(docker_server_url)
-    tls = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
-    options: dict[str, Any] = {**tls, "base_url": docker_server_url, "version": "auto"}
-    return docker.APIClient(**options)
+    tls: Any = docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
+    return docker.APIClient(**{**tls, "base_url": docker_server_url, "version": "auto"})
 
 
 def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
     """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
-    deadline = time.monotonic() + DAEMON_SECONDS
-    for attempt in itertools.count():
+    deadline, said = time.monotonic() + DAEMON_SECONDS, False
+    while True:
         try:
             return connect(docker_server_url)
         except DockerException as error:
@@ -123,7 +119,7 @@ def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
             if time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
                 raise DockerException(f"{message}; see its log (in a pod: of the container dind-daemon)") from None
-        if attempt == 0:
+        if not said:
             logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}")
+            said = True
         time.sleep(0.1)
-    raise AssertionError("unreachable")

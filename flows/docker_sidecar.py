@@ -7,6 +7,7 @@ A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
 """
 
 import os
+from typing import Any
 
 from prefect import Flow, Parameter
 from prefect.run_configs import KubernetesRun
@@ -19,7 +20,7 @@ from flows.states import fail_with_cause, handle_pod_lifecycle
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
-docker_server_url = os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"
+daemon: dict[str, Any] = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
 
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
@@ -28,26 +29,21 @@ host_config = Parameter("host_config", default=None)  # https://docker-py.readth
 extra_docker_kwargs = Parameter("extra_docker_kwargs", default=None)  # the same, create_container()
 time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
 
-pull_image = PullImage(docker_server_url=docker_server_url)
-create_container = CreateContainer(docker_server_url=docker_server_url)
-start_container = StartContainer(docker_server_url=docker_server_url)
-wait_on_container = WaitOnContainer(docker_server_url=docker_server_url)
-get_logs = GetContainerLogs(docker_server_url=docker_server_url, trigger=always_run)  # also of a failed container
-
 with Flow(
     "Docker sidecar example",
     state_handlers=[fail_on_invalid_parameters, handle_pod_lifecycle],
     terminal_state_handler=fail_with_cause,
 ) as flow:
-    pulled = pull_image(repository=image)
-    container_id = create_container(
+    pulled = PullImage(**daemon)(repository=image)
+    container_id = CreateContainer(**daemon)(
         image_name=image, command=command, environment=environment, host_config=host_config,
         extra_docker_kwargs=extra_docker_kwargs, upstream_tasks=[pulled],
     )  # fmt: skip
-    started = start_container(container_id=container_id)
+    started = StartContainer(**daemon)(container_id=container_id)
     # upstream_tasks: they run first, and hand on no result
-    status_code = wait_on_container(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
-    logs = get_logs(container_id=container_id, upstream_tasks=[status_code])
+    status_code = WaitOnContainer(**daemon)(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
+    # also of a failed container
+    logs = GetContainerLogs(**daemon, trigger=always_run)(container_id=container_id, upstream_tasks=[status_code])
 
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.
 flow.set_reference_tasks([status_code, logs])
@@ -57,11 +53,8 @@ flow.run_config = KubernetesRun(
 )
 # The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
 flow.storage = Docker(
-    registry_url=settings.registry_url,
-    image_name=settings.image_name,
-    image_tag=settings.image_tag,
+    registry_url=settings.registry_url, image_name=settings.image_name, image_tag=settings.image_tag,
     dockerfile=str(PROJECT / "Dockerfile"),
     build_kwargs={"buildargs": {"BASE_IMAGE": settings.base_image}, "network_mode": "host"},
-    stored_as_script=True,
-    path="/opt/docker-sidecar/flows/docker_sidecar.py",
-)
+    stored_as_script=True, path="/opt/docker-sidecar/flows/docker_sidecar.py",
+)  # fmt: skip

@@ -6,7 +6,6 @@ import codecs
 import itertools
 import json
 import math
-import struct
 import threading
 import time
 from collections import defaultdict, deque
@@ -25,42 +24,32 @@ FLUSH_SECONDS = 1  # how often a running container's output goes to the run's lo
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
 UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
-# What may wait for that upload, in bytes as they are sent. Prefect Server refuses more than 5 MB at once. Prefect then
-# sends the same logs again and again, and none after them.
-UPLOAD_BYTES = 2_500_000
+UPLOAD_BYTES = 2_500_000  # for it, as they are sent: with more than 5 MB, Prefect Server refuses it and all later ones
 WAITING_BYTES = 5 << 18  # of output that waits here; more is dropped, from the middle
 BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
 LINE_LENGTH = 1 << 16  # a line is broken that is longer
-# Docker's numbers of the streams. SYSTEM carries what is wrong with the output itself.
-STDOUT, STDERR, SYSTEM = 1, 2, 3
-
-NOT_TAKEN = "Prefect's API takes no logs; the last lines are dropped"
-_HEADER = struct.Struct(">BxxxL")
+STDOUT, STDERR, SYSTEM = 1, 2, 3  # Docker's numbers of the streams; SYSTEM says what is wrong with the output
+Output = Iterator[tuple[int, bytes]]  # pieces, each with the number of its stream
 
 
-def frames(chunks: Iterable[bytes], tty: bool) -> Iterator[tuple[int, bytes]]:
+def frames(chunks: Iterable[bytes], tty: bool) -> Output:
     """Take Docker's multiplexed stream apart, wherever it is cut: yield the number of the stream, and the bytes.
 
     With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
-    if tty:
-        yield from ((STDOUT, chunk) for chunk in chunks)
-        return
     buffer = b""
     for chunk in chunks:
-        buffer, start = buffer + chunk, 0
-        while len(buffer) - start >= _HEADER.size:
-            stream, length = _HEADER.unpack_from(buffer, start)
-            end = start + _HEADER.size + length
-            if end > len(buffer):
-                break
-            yield stream or STDOUT, buffer[start + _HEADER.size : end]
-            start = end
-        buffer = buffer[start:]
+        if tty:
+            yield STDOUT, chunk
+            continue
+        buffer += chunk
+        while len(buffer) >= 8 and len(buffer) >= (end := 8 + int.from_bytes(buffer[4:8], "big")):
+            yield buffer[0] or STDOUT, buffer[8:end]
+            buffer = buffer[end:]
 
 
-def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Iterator[tuple[int, bytes]]:
+def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Output:
     """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
     url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
     timeout = None if params.get("follow") else READ_SECONDS
@@ -69,9 +58,7 @@ def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) 
     return frames(response.iter_content(chunk_size=None), tty)
 
 
-def follow(
-    client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event
-) -> Iterator[tuple[int, bytes]]:
+def follow(client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event) -> Output:
     """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
 
     After a stream that breaks, only new output is read: which of the old one was lost, no clock can tell.
@@ -133,42 +120,39 @@ def as_sent(value: Any) -> int:
 
 
 class Batch:
-    """Output that waits for the run's logs, in blocks: [stream, bytes, lines that were dropped before it, or None].
+    """Output that waits for the run's logs, in blocks: [stream, bytes, how many lines were dropped before it].
 
     If a container writes faster than Prefect's API takes logs, blocks are dropped from the middle. One thread adds,
     another one takes.
     """
 
     def __init__(self) -> None:
-        self._lock, self._size, self._blocks = threading.Lock(), 0, deque[list[Any]]()
+        self._lock, self._size, self.blocks = threading.Lock(), 0, deque[list[Any]]()
         self._decoders: dict[int, Any] = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))
         self._unfinished: dict[int, str] = defaultdict(str)  # by stream, the line that has not ended
-
-    def __bool__(self) -> bool:
-        return bool(self._blocks)
 
     def add(self, stream: int, data: bytes) -> None:
         """Add output of a stream."""
         with self._lock:
-            if not self._blocks or self._blocks[-1][0] != stream or len(self._blocks[-1][1]) >= BLOCK:
-                self._blocks.append([stream, bytearray(), None])
+            if not self.blocks or self.blocks[-1][0] != stream or len(self.blocks[-1][1]) >= BLOCK:
+                self.blocks.append([stream, bytearray(), 0])
                 self._size += LOG_OVERHEAD  # of its record, and about that of its objects
-            self._blocks[-1][1] += data
+            self.blocks[-1][1] += data
             self._size += len(data)
-            while self._size > WAITING_BYTES and len(self._blocks) > 1:
-                middle = (len(self._blocks) - 1) // 2
-                _, old, dropped = self._blocks[middle]
-                del self._blocks[middle]
+            while self._size > WAITING_BYTES and len(self.blocks) > 1:
+                middle = (len(self.blocks) - 1) // 2
+                _, old, dropped = self.blocks[middle]
+                del self.blocks[middle]
                 self._size -= len(old) + LOG_OVERHEAD
-                self._blocks[middle][2] = (self._blocks[middle][2] or 0) + (dropped or 0) + old.count(b"\n")
+                self.blocks[middle][2] += dropped + (old.count(b"\n") or 1)  # of a long line, a part
 
     def take(self) -> list[tuple[int, str]]:
         """Take the oldest block: texts of whole lines, in order, each with the number of its stream."""
         with self._lock:
-            stream, data, dropped = self._blocks.popleft()
+            stream, data, dropped = self.blocks.popleft()
             self._size -= len(data) + LOG_OVERHEAD
-        note = f"[{dropped or 0:,} lines dropped here: too many for the run's logs]"
-        texts = [] if dropped is None else [*self.rest(), (stream, note)]
+        note = f"[{dropped:,} lines dropped here: too many for the run's logs]"
+        texts = [*self.rest(), (stream, note)] if dropped else []
         body, newline, rest = (self._unfinished[stream] + self._decoders[stream].decode(data)).rpartition("\n")
         rest = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # older states of a progress bar are not kept
         if len(rest) > LINE_LENGTH:
@@ -180,9 +164,8 @@ class Batch:
 
     def rest(self) -> list[tuple[int, str]]:
         """Take the lines that have not ended."""
-        ends = {stream: decoder.decode(b"", final=True) for stream, decoder in self._decoders.items()}
-        texts = [(stream, newest_state(self._unfinished.pop(stream, "") + end)) for stream, end in ends.items()]
-        return [(stream, text) for stream, text in texts if text]
+        lines = [(each, self._unfinished.pop(each, "") + end.decode(b"", True)) for each, end in self._decoders.items()]
+        return [(stream, newest_state(line)) for stream, line in lines if newest_state(line)]
 
 
 class Watch:
@@ -225,20 +208,22 @@ class Watch:
     def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
 
-        def log(stream: int, text: str) -> None:
-            text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # PostgreSQL refuses NUL
-            (logger.info if stream == STDOUT else logger.warning)(text)
+        def log(*texts: tuple[int, str]) -> None:
+            for stream, text in texts:
+                text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # see abbreviated()
+                (logger.info if stream == STDOUT else logger.warning)(text)
 
         deadline, last = time.monotonic() + seconds, math.inf
         for flushes in itertools.count(1):
             over, exited, now = self._over.wait(FLUSH_SECONDS), self._exited.is_set(), time.monotonic()
             if exited and not over and now - self._heard > OUTPUT_GRACE_SECONDS:
-                log(SYSTEM, "Docker did not end the output after the exit; lines may be missing")
+                log((SYSTEM, "Docker did not end the output after the exit; lines may be missing"))
                 self._over.set()
             room = self._hand_on(log)
-            if over and (now > last or not self._batch):
-                for text in [*self._batch.rest(), *[(SYSTEM, NOT_TAKEN)] * bool(self._batch)]:
-                    log(*text)
+            if over and (now > last or not self._batch.blocks):
+                log(*self._batch.rest())
+                if self._batch.blocks:
+                    log((SYSTEM, "Prefect's API takes no logs; the last lines are dropped"))
                 return True
             if over:
                 last = min(last, now + UPLOAD_SECONDS)
@@ -246,18 +231,17 @@ class Watch:
             elif not exited and now > deadline:
                 return False
             elif flushes % 3 == 0:
-                for text in self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES):
-                    log(*text)
+                log(*self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES))
         raise AssertionError("unreachable")
 
-    def _hand_on(self, log: Callable[[int, str], None]) -> int:
+    def _hand_on(self, log: Callable[..., None]) -> int:
         """Log output while Prefect's next upload of logs has room; return how many bytes are left."""
         with self._handing_on:
             with LOG_MANAGER.queue.mutex:
                 waiting = [*LOG_MANAGER.pending_logs, *LOG_MANAGER.queue.queue]
             room = UPLOAD_BYTES - sum(map(as_sent, waiting))
-            while self._batch and room > 0:
-                for stream, text in self._batch.take():
-                    log(stream, text)
-                    room -= as_sent(text) + LOG_OVERHEAD
+            while self._batch.blocks and room > 0:
+                texts = self._batch.take()
+                log(*texts)
+                room -= sum(as_sent(text) + LOG_OVERHEAD for _, text in texts)
         return room

@@ -8,9 +8,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
-import docker
 import docker.auth
 import pendulum
 import prefect
@@ -18,8 +18,7 @@ from docker.errors import APIError
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.daemon import failure, load_config, unavailable
-from flows.text import abbreviated
+from flows.daemon import abbreviated, failure, load_config, unavailable
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 # Docker answers HTTP 200 before most errors come, so that its words decide, without the names of images and hosts.
@@ -42,12 +41,11 @@ class Pull(threading.Thread):
 
     def __init__(self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
-        self.outcome = self.login_fault = ""
+        self.outcome, self.login_fault, self.heard = "", "", time.monotonic()  # heard: when the last event came
         self.error: Exception | None = None
-        self.heard = time.monotonic()  # when the last event came
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
         self._layers: dict[str, str] = {}  # id: status
-        self._received: dict[str, float] = {}  # id: bytes
+        self._received: dict[Any, float] = {}  # id: bytes
 
     def run(self) -> None:
         """Pull, and add the events."""
@@ -56,7 +54,9 @@ class Pull(threading.Thread):
                 if self._options.get("auth_config") is None:
                     self._options["auth_config"] = self._login()
                 for event in self._client.pull(stream=True, decode=True, **self._options):
-                    self._add(event if isinstance(event, dict) else {})
+                    self.heard = time.monotonic()
+                    with suppress(AttributeError, KeyError, TypeError, ValueError):  # an event may have any shape
+                        self._add(event)
         except Exception as error:
             self.error = error
 
@@ -74,20 +74,17 @@ class Pull(threading.Thread):
         return login or {}
 
     def _add(self, event: dict[str, Any]) -> None:
-        self.heard = time.monotonic()
         if error := event.get("error") or event.get("errorDetail"):
             words = str(error.get("message") if isinstance(error, dict) else error)
             raise APIError(words, explanation=words)
-        status, layer = (value if isinstance(value := event.get(key), str) else "" for key in ("status", "id"))
-        if status:
-            self._log(status)
+        status, layer = event["status"], event.get("id")
+        self._log(status)
         if status.startswith("Status: "):
             self.outcome = status[len("Status: ") :]
-        elif status and layer and not status.startswith("Pulling from"):
+        elif layer and not status.startswith("Pulling from"):
             self._layers[layer] = status
-        if status == "Downloading" and isinstance(detail := event.get("progressDetail"), dict):
-            current = detail.get("current")
-            self._received[layer] = current if isinstance(current, (int, float)) else 0
+        if status == "Downloading":
+            self._received[layer] = float(event["progressDetail"]["current"])
 
     def __str__(self) -> str:
         layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
@@ -98,13 +95,11 @@ class Pull(threading.Thread):
         words = re.sub(_NAMES, " ", words[-2000:])
         overloaded = re.search(_OVERLOADED, words)
         permanent = None if overloaded else re.search(_PERMANENT, words)
-        kind, login = permanent and permanent.lastgroup, self._options.get("auth_config")
-        if (kind == "login" and login) or (
-            kind == "forbidden" and (login or ".dkr.ecr." in self._options["repository"])
-        ):
+        kind, login = (permanent and permanent.lastgroup) or "", self._options.get("auth_config")
+        if (login and kind in ("login", "forbidden")) or (kind == "forbidden" and ".dkr.ecr." in message):
             kind = "expired"
-        advice = [_ADVICE.get(kind or ""), self.login_fault if kind == "login" else ""]
-        message += f" ({'; '.join(filter(None, advice))})" if any(advice) else ""
+        advice = filter(None, [_ADVICE.get(kind), self.login_fault if kind == "login" else ""])
+        message += f" ({'; '.join(advice)})" if kind in _ADVICE else ""
         refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
         attempt = prefect.context.get("task_run_count", 1)
         if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):

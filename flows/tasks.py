@@ -10,41 +10,29 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import docker
 import prefect
-from docker.errors import DockerException, NotFound
+from docker.errors import DockerException, InvalidArgument, NotFound
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 
-from flows.daemon import (
-    ERRORS,
-    connect,
-    docker_errors_as_failures,
-    error_message,
-    failure,
-    unavailable,
-    wait_for_daemon,
-)
+from flows import daemon
+from flows.daemon import ERRORS, abbreviated, connect, error_message, failure
 from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
 from flows.parameters import environment_strings
 from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
-from flows.text import abbreviated
 
 PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
 LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
-
-SOCKET = "unix:///var/run/docker.sock"
-Options = dict[str, Any] | None
 
 
 class _DockerTask(prefect.Task):
@@ -54,10 +42,7 @@ class _DockerTask(prefect.Task):
 
 
 def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate ``run``: it takes the arguments of Prefect's task of that name, with the constructor's as defaults.
-
-    The first one is required. An error is a FAIL that says ``what`` failed.
-    """
+    """Decorate ``run``: it takes the arguments of Prefect's, of which the first is required. An error is a FAIL."""
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(theirs.run)
@@ -69,7 +54,8 @@ def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]]
             given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
             if not given[names[0]]:
                 raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
-            with docker_errors_as_failures(what, given["docker_server_url"]):
+            given["extra_docker_kwargs"] = given["extra_docker_kwargs"] or {}
+            with daemon.docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
 
         method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore
@@ -87,16 +73,14 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
     """
 
     @_run("Pulling the image", prefect_docker.PullImage)
-    def run(
-        self, repository: str, tag: Any, docker_server_url: str, extra_docker_kwargs: Options, stream_logs: bool
-    ) -> str:
+    def run(self, repository: str, tag: Any, docker_server_url: str, **rest: Any) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
-        client = wait_for_daemon(docker_server_url, self.logger)
+        client = daemon.wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
-        options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
-        pull = Pull(client, options, self.logger.debug if stream_logs else lambda _: None)
+        options = {"repository": repository, "tag": tag, **rest["extra_docker_kwargs"]}
+        pull = Pull(client, options, self.logger.debug if rest["stream_logs"] else lambda _: None)
         pull.start()
         pull.join(PROGRESS_SECONDS)
         while pull.is_alive():
@@ -131,26 +115,21 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     """
 
     @_run("Creating the container", prefect_docker.CreateContainer)
-    def run(
-        self, image_name: str, docker_server_url: str, host_config: Options, extra_docker_kwargs: Options, **rest: Any
-    ) -> str:
+    def run(self, image_name: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any], **rest: Any) -> str:
         """Create the container, and return its id."""
-        policy = (host_config or {}).get("restart_policy") or {}
-        if isinstance(policy, dict) and policy.get("Name") not in (None, "", "no"):
-            words = f"the restart policy {policy['Name']!r} hides the container's exit; use Prefect's retries"
-            raise failure(f"Creating the container: host_config: {words}")
-        try:
-            rest["environment"] = environment_strings(rest["environment"] or {})
-        except ValueError as error:
-            raise failure(f"Creating the container: {error}") from None
-        rest["name"] = rest.pop("container_name")
-        labels = (extra_docker_kwargs or {}).get("labels") or {}
-        labels = labels if isinstance(labels, dict) else dict.fromkeys(labels, "")
-        labels = {**labels, LABEL: prefect.context.get("flow_run_id", "")}
+        options = {**rest, "environment": environment_strings(rest["environment"] or {})}
+        options["name"] = options.pop("container_name")
         client = connect(docker_server_url)
-        if host_config is not None:
-            rest["host_config"] = client.create_host_config(**host_config)
-        container = client.create_container(image_name, **{**rest, **(extra_docker_kwargs or {}), "labels": labels})
+        if options["host_config"] is not None:
+            options["host_config"] = client.create_host_config(**options["host_config"])
+        options.update(extra_docker_kwargs)
+        policy = (options["host_config"] or {}).get("RestartPolicy", {}).get("Name")
+        if policy not in (None, "", "no"):
+            raise InvalidArgument(f"the restart policy {policy!r} hides the container's exit; use Prefect's retries")
+        labels = options.get("labels") or {}
+        labels = labels if isinstance(labels, dict) else dict.fromkeys(labels, "")
+        options["labels"] = {**labels, LABEL: prefect.context.get("flow_run_id", "")}
+        container = client.create_container(image_name, **options)
         self.logger.debug(f"Created container {container['Id']} from image {image_name}")
         for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
             self.logger.warning(f"Docker: {warning}")
@@ -161,9 +140,9 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
     """Start a container. The task fails if Docker cannot start it, as when the image has no such command."""
 
     @_run("Starting the container", prefect_docker.StartContainer)
-    def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: Options) -> None:
+    def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any]) -> None:
         """Start the container."""
-        connect(docker_server_url).start(container=container_id, **(extra_docker_kwargs or {}))
+        connect(docker_server_url).start(container=container_id, **extra_docker_kwargs)
         self.logger.debug(f"Started container {container_id}")
 
 
@@ -180,56 +159,46 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         super().__init__(*args, **kwargs)
 
     @_run("Waiting on the container", prefect_docker.WaitOnContainer)
-    def run(
-        self,
-        container_id: str,
-        docker_server_url: str,
-        raise_on_exit_code: bool,
-        *,
-        time_limit: Any = None,
-        **rest: Any,
-    ) -> dict[str, Any]:
+    def run(self, container_id: str, docker_server_url: str, *, time_limit: Any = None, **rest: Any) -> Any:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
         client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
         try:
             config = client.inspect_container(container_id)["Config"]
             name += f" (image {config['Image']})"
-            watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"] or {})
+            watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"])
             try:
                 if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
                     raise failure(f"{name} was stopped at its time limit of {time_limit} s")
-                if isinstance(watch.result, Exception) and unavailable(watch.result):
-                    raise watch.result  # here, so that a container that may still run is stopped
-            except BaseException:
+                if isinstance(watch.result, Exception):
+                    raise watch.result
+            except NotFound:
+                raise
+            except BaseException as error:  # the container may still run
+                if isinstance(error, SystemExit):  # a process pool's answer to SIGTERM, which may come twice
+                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
                 with suppress(*ERRORS):
                     client.stop(container_id, timeout=STOP_GRACE_SECONDS)
                 watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
                 raise
-            if isinstance(watch.result, Exception):
-                raise watch.result
-            result = dict(watch.result)
+            result = watch.result
             with suppress(NotFound):
                 state = client.inspect_container(container_id)["State"]
-        except NotFound as error:
-            result = self._result_of_removed(client, container_id, error)
+        except NotFound:  # it was removed when it exited, as with auto_remove; the daemon's recent events have its code
+            filters = {"container": container_id, "event": "die"}
+            died = next(client.events(since=1, until=int(time.time()) + 1, filters=filters, decode=True), None)
+            if not died:
+                raise
+            self.logger.warning(f"Container {container_id[:12]} was removed when it exited; output may be missing")
+            result = {"Error": None, "StatusCode": int(died["Actor"]["Attributes"]["exitCode"])}
         except ERRORS as error:
             raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
-        code, reason = result.get("StatusCode"), result.get("Error")
-        reason = reason.get("Message") if isinstance(reason, dict) else reason
-        if raise_on_exit_code and (reason or code):
+        code, reason = result.get("StatusCode"), (result.get("Error") or {}).get("Message")
+        if rest["raise_on_exit_code"] and (reason or code):
             memory = ", killed because it exceeded its memory limit (OOMKilled)" if state.get("OOMKilled") else ""
             raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
         self.logger.info(f"{name} exited with code {code}")
         return result
-
-    def _result_of_removed(self, client: docker.APIClient, container_id: str, error: NotFound) -> dict[str, Any]:
-        """The exit code of a container that was removed, as with auto_remove, from the daemon's recent events."""
-        filters = {"container": container_id, "event": "die"}
-        for event in client.events(since=1, until=int(time.time()) + 1, filters=filters, decode=True):
-            self.logger.warning(f"Container {container_id[:12]} was removed when it exited; output may be missing")
-            return {"Error": None, "StatusCode": int(event["Actor"]["Attributes"]["exitCode"])}
-        raise error
 
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
@@ -240,27 +209,24 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
     """
 
     @_run("Getting the logs", prefect_docker.GetContainerLogs)
-    def run(self, container_id: Any, docker_server_url: str, extra_docker_kwargs: Options) -> str:
+    def run(self, container_id: Any, docker_server_url: str, extra_docker_kwargs: dict[str, Any]) -> str:
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
-        pieces, lines, size, deadline = deque[bytes](), 0, 0, time.monotonic() + READ_SECONDS
-        options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {}), "follow": 0}
+        text, lines, deadline = bytearray(), 0, time.monotonic() + READ_SECONDS
+        options = {"tail": LOG_LINES + 1, **extra_docker_kwargs, "follow": 0}
         try:
             client = connect(docker_server_url)
             tty = client.inspect_container(container_id)["Config"]["Tty"] is True
             for _, piece in read(client, container_id, tty, **options):
-                pieces.append(piece)
-                size += len(piece)
+                text += piece
+                del text[: -LOG_BYTES - 1]  # with one byte more, which says that it is cut
                 lines += piece.count(b"\n") if tty else 1  # Docker breaks a long line, and counts it as many
-                while size - len(pieces[0]) > LOG_BYTES:
-                    size -= len(pieces.popleft())
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
         except ERRORS as error:
             raise signals.SKIP(abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)) from None
-        text = b"".join(pieces)
-        if lines <= LOG_LINES and size <= LOG_BYTES:
+        if lines <= LOG_LINES and len(text) <= LOG_BYTES:
             return text.decode(errors="replace")
         text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
         return f"[cut: the last {len(text):,} bytes follow]\n{text.decode(errors='replace')}"

@@ -331,6 +331,14 @@ def test_time_limit_of_a_container_whose_output_cannot_be_read(
     assert "was stopped at its time limit of 1 s" in run.tasks["WaitOnContainer"].message
 
 
+@pytest.fixture(autouse=True)
+def _sigterm() -> Iterator[None]:
+    """The flow's own handler counts, and not the one of scripts.engine, which ignores all after the first."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 def send_when_running(signum: int, daemon: docker.DockerClient, logs: list[tuple[str, str, str]]) -> threading.Thread:
     def send() -> None:
         wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)

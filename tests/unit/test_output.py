@@ -58,7 +58,7 @@ def test_a_tty_has_no_frames() -> None:
 def take_all(batch: Batch) -> list[tuple[int, str]]:
     """All that waits, with the lines that have not ended; texts of one stream in one."""
     texts: list[tuple[int, str]] = []
-    while batch:
+    while batch.blocks:
         texts += batch.take()
     groups = itertools.groupby(texts + batch.rest(), key=lambda text: text[0])
     return [(stream, "\n".join(text for _, text in group)) for stream, group in groups]
@@ -97,7 +97,7 @@ def test_a_line_is_taken_once_and_when_it_is_whole() -> None:
     batch = Batch()
     batch.add(OUT, b"a\nb")
     assert batch.take() == [(OUT, "a")]
-    assert not batch
+    assert not batch.blocks
     batch.add(OUT, b"c\nd")
     assert batch.take() == [(OUT, "bc")]
     assert batch.rest() == [(OUT, "d")]

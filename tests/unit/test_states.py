@@ -25,7 +25,7 @@ from prefect.utilities.storage import extract_flow_from_file
 from flows import states
 from flows.settings import PROJECT
 from flows.states import all_successful_or_first_failure, handle_pod_lifecycle
-from tests.support.fake_docker import FakeDocker
+from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
@@ -363,6 +363,25 @@ def test_sigterm_to_a_run_on_this_machine(fake: FakeDocker) -> None:
         _, error = started.communicate(timeout=60)
     assert "KeyboardInterrupt" in error
     assert fake.asked("POST /containers/stop")
+
+
+def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
+    """A pool answers each one by SystemExit. What the container writes at its end is in the logs all the same."""
+    code = f"""
+from prefect.executors.dask import _multiprocessing_pool_initializer
+from flows.tasks import WaitOnContainer
+_multiprocessing_pool_initializer()
+WaitOnContainer(container_id="{ID}", docker_server_url="{fake.url}").run()
+"""
+    fake.exited.clear()
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as started:
+        fake.streams = [[frame(1, b"up\n"), fake.exited.wait, started.terminate, frame(1, b"saving\n")]]
+        wait_for(lambda: fake.asked("POST /containers/wait"), "the container runs")
+        started.terminate()
+        output, _ = started.communicate(timeout=60)
+    assert "saving" in output
+    assert started.returncode == 0
 
 
 @pytest.mark.parametrize("own", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None], ids=["default", "ignored", "own"])

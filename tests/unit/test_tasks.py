@@ -637,12 +637,16 @@ def test_an_environment_as_json_writes_it(fake: FakeDocker) -> None:
 
 
 @pytest.mark.parametrize("name", ["on-failure", "always", "unless-stopped"])
-def test_a_restart_policy_is_refused_before_there_is_a_container(fake: FakeDocker, name: str) -> None:
+@pytest.mark.parametrize("argument", ["host_config", "extra_docker_kwargs"])
+def test_a_restart_policy_is_refused_before_there_is_a_container(fake: FakeDocker, name: str, argument: str) -> None:
+    policy = {"Name": name, "MaximumRetryCount": 3}
+    given = {
+        "host_config": {"restart_policy": policy},
+        "extra_docker_kwargs": {"host_config": {"RestartPolicy": policy}},
+    }
     with pytest.raises(signals.FAIL, match=f"restart policy '{name}'.*Prefect's retries"):
-        CreateContainer(docker_server_url=fake.url).run(
-            image_name="app:1", host_config={"restart_policy": {"Name": name, "MaximumRetryCount": 3}}
-        )
-    assert fake.requests == []
+        CreateContainer(docker_server_url=fake.url).run(image_name="app:1", **{argument: given[argument]})
+    assert not fake.asked("POST /containers/create")
 
 
 @pytest.mark.parametrize("policy", [None, {}, {"Name": ""}, {"Name": "no"}], ids=str)
