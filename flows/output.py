@@ -43,10 +43,14 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Output:
         if tty:
             yield STDOUT, chunk
             continue
-        buffer += chunk
-        while len(buffer) >= 8 and len(buffer) >= (end := 8 + int.from_bytes(buffer[4:8], "big")):
-            yield buffer[0] or STDOUT, buffer[8:end]
-            buffer = buffer[end:]
+        buffer, start = buffer + chunk, 0
+        while len(buffer) >= (body := start + 8):
+            end = body + int.from_bytes(buffer[start + 4 : body], "big")
+            if end > len(buffer):
+                break
+            yield buffer[start] or STDOUT, buffer[body:end]
+            start = end
+        buffer = buffer[start:]
 
 
 def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Output:
