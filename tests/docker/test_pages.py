@@ -40,7 +40,8 @@ http.server.ThreadingHTTPServer(("", 3128), Handler).serve_forever()
 """
 
 
-def test_parameters(flow_run: FlowRun, image: str) -> None:
+def test_parameters(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", "the flow's own")
     outcomes = []
     for line in example("parameters").splitlines():
         [_, pair] = shlex.split(line, comments=True)
@@ -50,7 +51,8 @@ def test_parameters(flow_run: FlowRun, image: str) -> None:
     assert "exited with code 3" in outcomes[0][0]
     assert outcomes[1][1].endswith("ONE")
     assert "GREETING=hello" in outcomes[2][1]
-    assert [message for message, _ in outcomes[1:]] == ["All reference tasks succeeded."] * 4
+    assert "API_KEY=the flow's own" in outcomes[4][1]
+    assert [message for message, _ in outcomes[1:]] == ["All reference tasks succeeded."] * 5
 
 
 def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:
