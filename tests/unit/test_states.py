@@ -286,7 +286,7 @@ def test_sigterm_during_a_task(script: Path, api: PrefectAPI, fake: FakeDocker, 
         asked = "POST /containers/wait" if waits else "POST /images/create"
         wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
         started.terminate()
-        started.wait(30)  # then Kubernetes sends SIGKILL
+        wait_for(lambda: run.state == "Failed", "it is Failed before Kubernetes sends SIGKILL", lambda: run, 30)
     assert_ended_by_sigterm(run)
     assert len(fake.asked("POST /containers/stop")) == waits
 
