@@ -114,6 +114,8 @@ def test_configuration_and_private_image(
     registry, name = private_image.partition("/")[0], f"private-{uuid.uuid4().hex[:8]}"
     volume(template, "daemon-config")["configMap"]["name"] = name
     volume(template, "registry-credentials")["secret"]["secretName"] = name
+    if "hostPath" in (store := volume(template, "docker-graph-store")):  # another run may have pulled this image there
+        store["hostPath"]["path"] = f"/var/lib/docker-sidecar-{name}"
     instead = {
         "docker-sidecar": name,
         '"registry-mirrors": ["https://mirror.example.com"]': f'"insecure-registries": ["{registry}"]',
