@@ -1,15 +1,11 @@
 """The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
 import re
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -27,7 +23,7 @@ ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 
 
 def unavailable(error: BaseException) -> bool:
-    """Whether the daemon may only be late: it, or what the connection needs, is not there, or it answers with a 5xx."""
+    """Whether the daemon may only be late: nothing answers, a proxy answers with a 5xx, or certificates are missing."""
     cause = error.__cause__ or error
     answered = isinstance(error, APIError) or (isinstance(cause, APIError) and cause.is_client_error())
     return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError))
@@ -50,19 +46,6 @@ def abbreviated(text: str, length: int = 80) -> str:
 def failure(message: str) -> signals.FAIL:
     """A FAIL with a message that is short enough for the run's logs."""
     return signals.FAIL(abbreviated(message, 500))
-
-
-@contextmanager
-def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
-    """Turn an error of Docker, of the connection or of an argument into one FAIL: ``what`` failed, and why."""
-    try:
-        yield
-    except (*ERRORS, TypeError, ValueError) as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        of_the_sdk = frame.f_globals["__name__"].startswith("docker.") or "unexpected keyword argument" in str(error)
-        if not (isinstance(error, ERRORS) or of_the_sdk):
-            raise  # a bug
-        raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
 
 
 def load_config() -> tuple[dict[str, Any], list[str]]:
@@ -90,14 +73,26 @@ def load_config() -> tuple[dict[str, Any], list[str]]:
 docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]
 
 
+def registry_login(repository: str) -> tuple[dict[str, Any], str]:
+    """The login that Docker's configuration has for an image's registry, if any, and what is wrong with it."""
+    (config, faults), login = load_config(), None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
+            registry, _ = docker.auth.resolve_repository_name(repository)
+            login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
+    except Exception as error:  # of many types
+        faults.append(f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}")
+    return login or {}, "; ".join(faults)
+
+
 def bypass_proxy(docker_server_url: str) -> None:
     """Never ask a proxy for a daemon on this machine: add its host to the variable that requests reads."""
     address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
     host = address.hostname or "localhost"  # a socket has none
     local = re.match(r"(localhost|127\..*|::1|0\.0\.0\.0)$", host)
     if local and requests.utils.get_environ_proxies(f"http://{address.netloc or host}"):
-        name = "no_proxy" if os.environ.get("no_proxy") else "NO_PROXY"  # the one that requests reads
-        os.environ[name] = f"{os.environ.get(name, '')},{host}".lstrip(",")
+        os.environ["no_proxy"] = f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''},{host}".lstrip(",")
 
 
 def connect(docker_server_url: str) -> docker.APIClient:
@@ -109,17 +104,17 @@ def connect(docker_server_url: str) -> docker.APIClient:
 
 def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
     """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
-    deadline, said = time.monotonic() + DAEMON_SECONDS, False
+    deadline = 0.0
     while True:
         try:
             return connect(docker_server_url)
         except DockerException as error:
             if not unavailable(error):
                 raise
-            if time.monotonic() > deadline:
+            if deadline and time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
                 raise DockerException(f"{message}; see its log (in a pod: of the container dind-daemon)") from None
-        if not said:
+        if not deadline:
+            deadline = time.monotonic() + DAEMON_SECONDS
             logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}")
-            said = True
         time.sleep(0.1)

@@ -7,7 +7,6 @@ A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
 """
 
 import os
-from typing import Any
 
 from prefect import Flow, Parameter
 from prefect.run_configs import KubernetesRun
@@ -20,7 +19,7 @@ from flows.states import fail_with_cause, handle_pod_lifecycle
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 
 settings = Settings.from_environ()
-daemon: dict[str, Any] = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
+daemon = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
 
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
@@ -42,7 +41,6 @@ with Flow(
     started = StartContainer(**daemon)(container_id=container_id)
     # upstream_tasks: they run first, and hand on no result
     status_code = WaitOnContainer(**daemon)(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
-    # also of a failed container
     logs = GetContainerLogs(**daemon, trigger=always_run)(container_id=container_id, upstream_tasks=[status_code])
 
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.

@@ -1,18 +1,14 @@
 """A running container's output: read while the container runs, and bounded before it reaches the run's logs."""
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import json
-import math
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import quote
 
 import docker
 import requests
@@ -24,25 +20,21 @@ FLUSH_SECONDS = 1  # how often a running container's output goes to the run's lo
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
 READ_SECONDS = 15  # how long the output of a container that has exited may take, and each piece of it
 UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
-UPLOAD_BYTES = 2_500_000  # for it, as they are sent: with more than 5 MB, Prefect Server refuses it and all later ones
-WAITING_BYTES = 5 << 18  # of output that waits here; more is dropped, from the middle
+UPLOAD_BYTES = 2_500_000  # at most in an upload, as sent; over 5 MB, Prefect Server refuses it and all later ones
+WAITING_BYTES = 5 << 18  # of output that waits for an upload; more is dropped, from the middle
 BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
 LINE_LENGTH = 1 << 16  # a line is broken that is longer
 STDOUT, STDERR, SYSTEM = 1, 2, 3  # Docker's numbers of the streams; SYSTEM says what is wrong with the output
 Output = Iterator[tuple[int, bytes]]  # pieces, each with the number of its stream
 
 
-def frames(chunks: Iterable[bytes], tty: bool) -> Output:
+def frames(chunks: Iterable[bytes]) -> Output:
     """Take Docker's multiplexed stream apart, wherever it is cut: yield the number of the stream, and the bytes.
 
-    With a TTY, the stream is the container's output as it is.
     Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
     """
     buffer = b""
     for chunk in chunks:
-        if tty:
-            yield STDOUT, chunk
-            continue
         buffer, start = buffer + chunk, 0
         while len(buffer) >= (body := start + 8):
             end = body + int.from_bytes(buffer[start + 4 : body], "big")
@@ -55,17 +47,18 @@ def frames(chunks: Iterable[bytes], tty: bool) -> Output:
 
 def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Output:
     """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
-    url = f"{client.base_url}/v{client.api_version}/containers/{quote(container_id)}/logs"
+    url = client._url("/containers/{0}/logs", container_id)  # type: ignore[attr-defined]
     timeout = None if params.get("follow") else READ_SECONDS
     response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout)
     client._raise_for_status(response)  # type: ignore[attr-defined]
-    return frames(response.iter_content(chunk_size=None), tty)
+    chunks = response.iter_content(chunk_size=None)
+    return ((STDOUT, chunk) for chunk in chunks) if tty else frames(chunks)  # with a TTY, the output is as it is
 
 
 def follow(client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event) -> Output:
     """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
 
-    After a stream that breaks, only new output is read: which of the old one was lost, no clock can tell.
+    After a stream that breaks, only new output is read, because timestamps cannot tell what was lost.
     """
     params = {"follow": 1}
     for attempt in itertools.count(1):
@@ -85,38 +78,6 @@ def newest_state(line: str) -> str:
     return line.rstrip("\r").rpartition("\r")[2]
 
 
-class ProgressBar:
-    """The newest state of a line that a container rewrites by carriage returns.
-
-    Docker's logs have a line only when it has ended. Docker's "attach" has it at once, but only from the call on.
-    """
-
-    def __init__(self, client: docker.APIClient, container_id: str) -> None:
-        self._client, self._container_id, self._wanted = client, container_id, False
-        self._thread, self._shown = threading.Thread(), list[tuple[int, str]]()
-        self._lines: dict[int, bytes] = {}  # by stream, the line that has not ended
-
-    def changes(self, wanted: bool) -> list[tuple[int, str]]:
-        """Return the states that are new since the last call. A thread reads the output while ``wanted`` is true."""
-        self._wanted = wanted
-        if wanted and not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._read, daemon=True)
-            self._thread.start()
-        lines = [(stream, line.decode(errors="replace").rstrip("\r")) for stream, line in list(self._lines.items())]
-        shown, self._shown = self._shown, [(stream, newest_state(line)) for stream, line in lines if "\r" in line]
-        return [state for state in self._shown if wanted and state not in shown]
-
-    def _read(self) -> None:
-        with suppress(Exception):  # follow() reports what is wrong
-            pairs: Any = self._client.attach(self._container_id, stream=True, demux=True)
-            for pair in itertools.takewhile(lambda _: self._wanted, pairs):
-                for stream, data in zip((STDOUT, STDERR), pair):
-                    line = self._lines.get(stream, b"") + (data or b"")
-                    self._lines[stream] = line.rpartition(b"\n")[2][-BLOCK:]
-            pairs.close()
-        self._lines.clear()
-
-
 def as_sent(value: Any) -> int:
     """How many bytes of an upload a text or a record is: Prefect encodes JSON twice, in ASCII."""
     text = json.dumps(value)
@@ -132,8 +93,7 @@ class Batch:
 
     def __init__(self) -> None:
         self._lock, self._size, self.blocks = threading.Lock(), 0, deque[list[Any]]()
-        self._decoders: dict[int, Any] = defaultdict(lambda: codecs.getincrementaldecoder("utf-8")("replace"))
-        self._unfinished: dict[int, str] = defaultdict(str)  # by stream, the line that has not ended
+        self._unfinished: dict[int, bytes] = {}  # by stream, the line that has not ended
 
     def add(self, stream: int, data: bytes) -> None:
         """Add output of a stream."""
@@ -157,35 +117,39 @@ class Batch:
             self._size -= len(data) + LOG_OVERHEAD
         note = f"[{dropped:,} lines dropped here: too many for the run's logs]"
         texts = [*self.rest(), (stream, note)] if dropped else []
-        body, newline, rest = (self._unfinished[stream] + self._decoders[stream].decode(data)).rpartition("\n")
-        rest = rest[rest.rstrip("\r").rfind("\r") + 1 :]  # older states of a progress bar are not kept
+        body, newline, rest = (self._unfinished.pop(stream, b"") + data).rpartition(b"\n")
+        rest = rest[rest.rstrip(b"\r").rfind(b"\r") + 1 :]  # older states of a progress bar are not kept
         if len(rest) > LINE_LENGTH:
-            body, newline, rest = body + newline + rest, "\n", ""
-        self._unfinished[stream] = rest
-        if newline:
-            texts.append((stream, "\n".join(map(newest_state, body.split("\n"))) if "\r" in body else body))
+            body, newline, rest = body + newline + rest, b"", b""
+        text, length = codecs.utf_8_decode(body, "replace", bool(newline))
+        self._unfinished[stream] = body[length:] + rest  # of a long line, half a character
+        if text or newline:
+            texts.append((stream, "\n".join(map(newest_state, text.split("\n"))) if "\r" in text else text))
         return texts
 
     def rest(self) -> list[tuple[int, str]]:
         """Take the lines that have not ended."""
-        lines = [(each, self._unfinished.pop(each, "") + end.decode(b"", True)) for each, end in self._decoders.items()]
-        return [(stream, newest_state(line)) for stream, line in lines if newest_state(line)]
+        lines = [(stream, newest_state(line.decode(errors="replace"))) for stream, line in self._unfinished.items()]
+        self._unfinished.clear()
+        return [(stream, line) for stream, line in lines if line]
 
 
 class Watch:
-    """A running container: one thread waits for its exit, another one reads its output."""
+    """A running container: threads wait for its exit, read its output, and look at its progress bars.
+
+    Docker's logs have a line only when it has ended. Docker's "attach" has a progress bar at once, from the call on.
+    """
 
     _handing_on = threading.Lock()  # one for all containers of this process: they share Prefect's uploads
 
-    def __init__(
-        self, client: docker.APIClient, docker_server_url: str, container_id: str, tty: bool, options: dict[str, Any]
-    ) -> None:
+    def __init__(self, client: docker.APIClient, url: str, container_id: str, tty: bool, options: Any) -> None:
         self.result: Any = None  # of the wait: Docker's answer, or an error
-        self._batch, self._bar = Batch(), ProgressBar(client, container_id)
+        self._batch, self._fast = Batch(), False  # fast: the output is too much to look at it twice
+        self._bars: dict[int, bytes] = {}  # by stream, the line that has not ended
         self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
         self._heard = time.monotonic()  # when the last output came, or the exit
 
-        def wait() -> None:
+        def wait_for_exit() -> None:
             try:
                 self.result = client.wait(container=container_id, **options)
             except Exception as error:
@@ -195,18 +159,28 @@ class Watch:
             self._heard = time.monotonic()
             self._exited.set()
 
-        def read() -> None:
+        def read_output() -> None:
             try:
                 for stream, data in follow(client, container_id, tty, self._exited):
                     self._heard = time.monotonic()
                     self._batch.add(stream, data)
             except Exception as error:
-                words = error_message(error, docker_server_url)
-                self._batch.add(SYSTEM, f"output could not be read: {words}\n".encode())
+                self._batch.add(SYSTEM, f"output could not be read: {error_message(error, url)}\n".encode())
             self._exited.wait()
             self._over.set()
 
-        for target in (wait, read):
+        def look_at_bars() -> None:
+            while not self._over.wait(FLUSH_SECONDS):
+                with suppress(Exception):  # read_output() reports what is wrong
+                    pairs: Any = client.attach(container_id, stream=True, demux=True)
+                    for pair in itertools.takewhile(lambda _: not self._fast, pairs):
+                        for stream, data in zip((STDOUT, STDERR), pair):
+                            line = self._bars.get(stream, b"") + (data or b"")
+                            self._bars[stream] = line.rpartition(b"\n")[2][-BLOCK:]
+                    pairs.close()
+                self._bars.clear()
+
+        for target in (wait_for_exit, read_output, look_at_bars):
             threading.Thread(target=target, daemon=True).start()
 
     def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
@@ -217,26 +191,25 @@ class Watch:
                 text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # see abbreviated()
                 (logger.info if stream == STDOUT else logger.warning)(text)
 
-        deadline, last = time.monotonic() + seconds, math.inf
-        for flushes in itertools.count(1):
-            over, exited, now = self._over.wait(FLUSH_SECONDS), self._exited.is_set(), time.monotonic()
-            if exited and not over and now - self._heard > OUTPUT_GRACE_SECONDS:
+        deadline, flushes, shown = time.monotonic() + seconds, itertools.count(1), list[tuple[int, str]]()
+        while not self._over.wait(FLUSH_SECONDS):
+            self._fast, exited = self._hand_on(log) < 0.9 * UPLOAD_BYTES, self._exited.is_set()
+            if exited and time.monotonic() - self._heard > OUTPUT_GRACE_SECONDS:
                 log((SYSTEM, "Docker did not end the output after the exit; lines may be missing"))
-                self._over.set()
-            room = self._hand_on(log)
-            if over and (now > last or not self._batch.blocks):
-                log(*self._batch.rest())
-                if self._batch.blocks:
-                    log((SYSTEM, "Prefect's API takes no logs; the last lines are dropped"))
-                return True
-            if over:
-                last = min(last, now + UPLOAD_SECONDS)
-                time.sleep(FLUSH_SECONDS)
-            elif not exited and now > deadline:
+                break
+            if not exited and time.monotonic() > deadline:
                 return False
-            elif flushes % 3 == 0:
-                log(*self._bar.changes(not exited and room > 0.9 * UPLOAD_BYTES))
-        raise AssertionError("unreachable")
+            if not exited and next(flushes) % 3 == 0:
+                lines = [(stream, line.decode(errors="replace").rstrip("\r")) for stream, line in [*self._bars.items()]]
+                old, shown = shown, [(stream, newest_state(line)) for stream, line in lines if "\r" in line]
+                log(*(state for state in shown if state not in old))
+        deadline = time.monotonic() + UPLOAD_SECONDS
+        while self._hand_on(log) <= 0 and self._batch.blocks and time.monotonic() < deadline:
+            time.sleep(FLUSH_SECONDS)
+        log(*self._batch.rest())
+        if self._batch.blocks:
+            log((SYSTEM, "Prefect's API takes no logs; the last lines are dropped"))
+        return True
 
     def _hand_on(self, log: Callable[..., None]) -> int:
         """Log output while Prefect's next upload of logs has room; return how many bytes are left."""

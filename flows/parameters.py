@@ -1,9 +1,8 @@
 """A run's parameters, checked before its first task starts."""
 
-from __future__ import annotations
-
 import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from docker.types import ContainerConfig, HostConfig
 from prefect.engine.state import Failed, State
 
 from flows.daemon import abbreviated
-from flows.settings import is_image
+from flows.settings import IMAGE
 
 
 def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str, str | None]:
@@ -59,7 +58,7 @@ def _is_extra(extra: Any) -> bool:
 
 # By name: a check, which returns False or raises an error that says more, what is allowed, and an example.
 _PARAMETERS: dict[str, tuple[Callable[[Any], object], str, str]] = {
-    "image": (lambda it: isinstance(it, str) and is_image(it), "an image reference (name, name:tag, …)", "alpine:3"),
+    "image": (lambda it: isinstance(it, str) and bool(re.fullmatch(IMAGE, it)), "an image reference", "alpine:3"),
     "command": (_is_command, "a string, a list of words or null", """'["sh","-c","echo one"]'"""),
     "environment": (environment_strings, "a mapping or a list", """'{"NAME":"value"}' or '["NAME"]'"""),
     "host_config": (lambda it: HostConfig(VERSION, **it), "a mapping", """'{"mem_limit":"1g"}'"""),

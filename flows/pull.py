@@ -1,27 +1,23 @@
 """A pull in the background: its progress, and whether its error is transient."""
 
-from __future__ import annotations
-
 import re
 import threading
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import docker.auth
+import docker
 import pendulum
 import prefect
 from docker.errors import APIError
-from docker.utils.config import find_config_file
 from prefect.engine import signals
 
-from flows.daemon import abbreviated, failure, load_config, unavailable
+from flows.daemon import abbreviated, failure, registry_login, unavailable
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
-# Docker answers HTTP 200 before most errors come, so that its words decide, without the names of images and hosts.
+# Docker answers HTTP 200 before most errors come, so its words decide. Names, which may hold such words, go first.
 _NAMES = r'"[^"]*"|\bfor \S+|\S*[/%@.:]\w\S*'
 _OVERLOADED = r"(?i)(?<!\S)(429|50[0-4])\b|too ?many ?requests"  # transient, whatever else is said
 _PERMANENT = (
@@ -42,7 +38,7 @@ class Pull(threading.Thread):
     def __init__(self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]) -> None:
         super().__init__(daemon=True)
         self.outcome, self.login_fault, self.heard = "", "", time.monotonic()  # heard: when the last event came
-        self.error: Exception | None = None
+        self.error: Any = None
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
         self._layers: dict[str, str] = {}  # id: status
         self._received: dict[Any, float] = {}  # id: bytes
@@ -52,26 +48,13 @@ class Pull(threading.Thread):
         try:
             with prefect.context(self._context):  # a thread has none: what it logs would not reach the run's logs
                 if self._options.get("auth_config") is None:
-                    self._options["auth_config"] = self._login()
+                    self._options["auth_config"], self.login_fault = registry_login(self._options["repository"])
                 for event in self._client.pull(stream=True, decode=True, **self._options):
                     self.heard = time.monotonic()
                     with suppress(AttributeError, KeyError, TypeError, ValueError):  # an event may have any shape
                         self._add(event)
         except Exception as error:
             self.error = error
-
-    def _login(self) -> dict[str, Any]:
-        """The login that Docker's configuration has for the registry; none if its credential helper fails."""
-        (config, faults), login = load_config(), None
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
-                registry, _ = docker.auth.resolve_repository_name(self._options["repository"])
-                login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
-        except Exception as error:  # of many types
-            faults.append(f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}")
-        self.login_fault = "; ".join(faults)
-        return login or {}
 
     def _add(self, event: dict[str, Any]) -> None:
         if error := event.get("error") or event.get("errorDetail"):
@@ -90,9 +73,9 @@ class Pull(threading.Thread):
         layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
         return ", ".join([*layers, f"{sum(list(self._received.values())) / 1e6:.1f} MB received"])
 
-    def signal(self, message: str, error: Exception, words: str) -> tuple[str, signals.PrefectStateSignal]:
-        """The message with advice, and RETRY after a transient error, FAIL after a permanent one or the last retry."""
-        words = re.sub(_NAMES, " ", words[-2000:])
+    def signal(self, image: str, words: str) -> signals.PrefectStateSignal:
+        """RETRY after a transient error; FAIL, with advice, after a permanent one or the last retry."""
+        message, words = f"Pulling {image}: {abbreviated(words, 300)}", re.sub(_NAMES, " ", words[-2000:])
         overloaded = re.search(_OVERLOADED, words)
         permanent = None if overloaded else re.search(_PERMANENT, words)
         kind, login = (permanent and permanent.lastgroup) or "", self._options.get("auth_config")
@@ -100,10 +83,10 @@ class Pull(threading.Thread):
             kind = "expired"
         advice = filter(None, [_ADVICE.get(kind), self.login_fault if kind == "login" else ""])
         message += f" ({'; '.join(advice)})" if kind in _ADVICE else ""
-        refused = error.is_client_error() if isinstance(error, APIError) else not unavailable(error)
+        refused = self.error.is_client_error() if isinstance(self.error, APIError) else not unavailable(self.error)
         attempt = prefect.context.get("task_run_count", 1)
         if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):
-            return message, failure(message)
+            return failure(message)
         pause = PULL_RETRY_SECONDS[attempt - 1]
         retry = abbreviated(f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s", 600)
-        return message, signals.RETRY(retry, start_time=pendulum.now("utc").add(seconds=pause))
+        return signals.RETRY(retry, start_time=pendulum.now("utc").add(seconds=pause))

@@ -1,7 +1,5 @@
 """Settings of a deployment: environment variables, and the job template that one of them names."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -20,13 +18,13 @@ JOB_TEMPLATES = PROJECT / "job_templates"
 _REGISTRY = r"(?:[A-Za-z0-9][A-Za-z0-9._-]*|\[[0-9a-fA-F:]+\])(?::[0-9]+)?"
 _NAME = "[a-z0-9]+(?:[._/-]+[a-z0-9]+)*"
 _TAG = "[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"
-_IMAGE = f"(?:{_REGISTRY}/)?{_NAME}(?::{_TAG})?(?:@sha[0-9]+:[0-9a-f]+)?"
+IMAGE = f"(?:{_REGISTRY}/)?{_NAME}(?::{_TAG})?(?:@sha[0-9]+:[0-9a-f]+)?"
 
 _VARIABLES = {  # name: default, pattern, what is allowed
     "FLOW_REGISTRY_URL": ("gcr.io/dev/", f"{_REGISTRY}(?:/{_NAME})?/?", "a registry or a path, without a scheme"),
     "FLOW_IMAGE_NAME": ("docker-on-k8s-flow", _NAME, "an image name in lower case, without registry or tag"),
     "FLOW_IMAGE_TAG": ("0.1.0", _TAG, "up to 128 letters, digits, '_', '.' and '-', not starting with '.' or '-'"),
-    "FLOW_BASE_IMAGE": ("prefecthq/prefect:1.4.1-python3.10", _IMAGE, "an image with Python 3.10 or 3.11"),
+    "FLOW_BASE_IMAGE": ("prefecthq/prefect:1.4.1-python3.10", IMAGE, "an image with Python 3.10 or 3.11"),
 }
 
 # For kubectl, null is as good as nothing. Prefect's Agent fails on it where it reads or fills in one of these.
@@ -49,11 +47,6 @@ class SettingsError(ValueError):
     """A setting that cannot be used; the message names the setting, what was read and what is allowed."""
 
 
-def is_image(reference: str) -> bool:
-    """Whether a string may be an image reference: ``name``, ``name:tag``, ``host:port/name@sha256:…``."""
-    return re.fullmatch(_IMAGE, reference) is not None
-
-
 @dataclass(frozen=True)
 class Settings:
     """Where the flow's image goes, what it is built from, and the Job that runs it."""
@@ -66,13 +59,8 @@ class Settings:
     job_template_path: Any = None  # in place of it: where the Agent reads it at each run
     labels: tuple[str, ...] = ()  # of the Agent that takes the flow's runs
 
-    @property
-    def image(self) -> str:
-        """The full reference of the flow's image."""
-        return f"{self.registry_url.rstrip('/')}/{self.image_name}:{self.image_tag}"
-
     @classmethod
-    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+    def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
         """Read the settings, by default the recipe's. Raises a SettingsError on a value that cannot be used."""
         values = {}
         for variable, (default, pattern, allowed) in _VARIABLES.items():
@@ -98,24 +86,19 @@ def load_job_template(name: str) -> dict[str, Any]:
 
 
 def _job(text: str) -> dict[str, Any]:
-    placeholders = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
     try:  # as JSON, which is what the Prefect API stores; of a StringIO, an error does not quote a line
         encoded = json.dumps(list(filter(None, yaml.load_all(io.StringIO(text), _Loader))), allow_nan=False)
-        documents = json.loads(encoded, object_hook=_without_null)
+        kept = lambda it: {name: it[name] for name in it if it[name] is not None or name not in _NEVER_NULL}  # noqa: E731
+        documents = json.loads(encoded, object_hook=kept)
     except Exception as error:  # PyYAML and json raise errors of many types
         reason = re.sub(r"'(?!<)[^']{2,}'", "…", str(error))  # a value may be a secret
-        raise ValueError(f"it is not YAML that Kubernetes takes ({reason}){placeholders}") from None
-    if len(documents) > 1:
-        raise ValueError(f"it has {len(documents)} documents, but must have one")
-    job: dict[str, Any] = documents[0] if documents and isinstance(documents[0], dict) else {}
+        hint = "; it holds placeholders, {{ … }}, which must be filled in first" if "{{" in text else ""
+        raise ValueError(f"it is not YAML that Kubernetes takes ({reason}){hint}") from None
+    job: dict[str, Any] = documents[0] if len(documents) == 1 and isinstance(documents[0], dict) else {}
     if (job.get("apiVersion"), job.get("kind")) != ("batch/v1", "Job"):
-        raise ValueError(f"it is not a Kubernetes Job (apiVersion: batch/v1, kind: Job){placeholders}")
+        raise ValueError("it is not a Kubernetes Job (apiVersion: batch/v1, kind: Job), or more than one document")
     try:  # what the Agent reads; the API server checks the rest
         _ = [variable["name"] for variable in job["spec"]["template"]["spec"]["containers"][0].get("env", [])]
     except (AttributeError, LookupError, TypeError):
         raise ValueError("the Agent needs spec.template.spec.containers[0], and a name in each item of env") from None
     return job
-
-
-def _without_null(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None or name not in _NEVER_NULL}

@@ -1,7 +1,5 @@
 """How a run and its tasks end: triggers and state handlers, which tell the cause of a failure once."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -5,8 +5,6 @@ call. They differ from Prefect's in this: an error of Docker or of the connectio
 of a DockerException, and a task after a failed one ends with the message of the failed one.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 import math
@@ -17,12 +15,11 @@ from contextlib import suppress
 from typing import Any
 
 import prefect
-from docker.errors import DockerException, InvalidArgument, NotFound
+from docker.errors import DockerException, InvalidArgument
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 
-from flows import daemon
-from flows.daemon import ERRORS, abbreviated, connect, error_message, failure
+from flows.daemon import ERRORS, abbreviated, connect, error_message, failure, wait_for_daemon
 from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
 from flows.parameters import environment_strings
 from flows.pull import Pull
@@ -55,8 +52,14 @@ def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]]
             if not given[names[0]]:
                 raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
             given["extra_docker_kwargs"] = given["extra_docker_kwargs"] or {}
-            with daemon.docker_errors_as_failures(what, given["docker_server_url"]):
+            try:
                 return run(self, **given)
+            except (*ERRORS, TypeError, ValueError) as error:
+                module = inspect.trace(0)[-1].frame.f_globals["__name__"]  # that raised the error
+                sdk = module.startswith("docker.") or "unexpected keyword argument" in str(error)
+                if not (isinstance(error, ERRORS) or sdk):
+                    raise  # a bug
+                raise failure(f"{what}: {error_message(error, given['docker_server_url'])}") from None
 
         method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore
         return method
@@ -77,7 +80,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
-        client = daemon.wait_for_daemon(docker_server_url, self.logger)
+        client = wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
         options = {"repository": repository, "tag": tag, **rest["extra_docker_kwargs"]}
         pull = Pull(client, options, self.logger.debug if rest["stream_logs"] else lambda _: None)
@@ -92,16 +95,16 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
                 break
             self.logger.info(f"Pulling {image}: {progress}")
             pull.join(PROGRESS_SECONDS)
-        if pull.error and not isinstance(pull.error, ERRORS):
-            raise pull.error
-        if pull.error:
+        if isinstance(pull.error, ERRORS):
             words = error_message(pull.error, docker_server_url)
-            message, signal = pull.signal(f"Pulling {image}: {abbreviated(words, 300)}", pull.error, words)
             with suppress(*ERRORS):
                 if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
-                    self.logger.warning(f"{message}; the run goes on with the image that the daemon has")
+                    words = abbreviated(words, 300)
+                    self.logger.warning(f"Pulling {image}: {words}; the run goes on with the image that the daemon has")
                     return image
-            raise signal
+            raise pull.signal(image, words)
+        if pull.error:
+            raise pull.error
         if pull.login_fault:
             self.logger.warning(f"Pulling {image}: {pull.login_fault}")
         self.logger.info(f"{pull.outcome or image} ({time.monotonic() - started:.1f} s)")
@@ -111,7 +114,8 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
 class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     """Create a container, with the flow run's id as a label. Values of its environment become text as in JSON.
 
-    A restart policy is refused: WaitOnContainer could not tell an exit from a restart.
+    A restart policy is refused: WaitOnContainer could not tell an exit from a restart. auto_remove is left out: with
+    the container, its exit code and its output would go.
     """
 
     @_run("Creating the container", prefect_docker.CreateContainer)
@@ -120,17 +124,18 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         options = {**rest, "environment": environment_strings(rest["environment"] or {})}
         options["name"] = options.pop("container_name")
         client = connect(docker_server_url)
-        if options["host_config"] is not None:
-            options["host_config"] = client.create_host_config(**options["host_config"])
+        options["host_config"] = client.create_host_config(**(options["host_config"] or {}))
         options.update(extra_docker_kwargs)
-        policy = (options["host_config"] or {}).get("RestartPolicy", {}).get("Name")
+        host_config = options["host_config"] or {}
+        policy = host_config.get("RestartPolicy", {}).get("Name")
         if policy not in (None, "", "no"):
             raise InvalidArgument(f"the restart policy {policy!r} hides the container's exit; use Prefect's retries")
+        if host_config.pop("AutoRemove", False):
+            self.logger.warning("auto_remove is left out: the container is needed for its exit code and its output")
         labels = options.get("labels") or {}
         labels = labels if isinstance(labels, dict) else dict.fromkeys(labels, "")
         options["labels"] = {**labels, LABEL: prefect.context.get("flow_run_id", "")}
         container = client.create_container(image_name, **options)
-        self.logger.debug(f"Created container {container['Id']} from image {image_name}")
         for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
             self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
@@ -143,7 +148,6 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
     def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any]) -> None:
         """Start the container."""
         connect(docker_server_url).start(container=container_id, **extra_docker_kwargs)
-        self.logger.debug(f"Started container {container_id}")
 
 
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
@@ -154,51 +158,37 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     the container may run from the start of the task.
     """
 
-    def __init__(self, *args: Any, time_limit: float | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, time_limit: Any = None, **kwargs: Any) -> None:
         self.time_limit = time_limit
         super().__init__(*args, **kwargs)
 
     @_run("Waiting on the container", prefect_docker.WaitOnContainer)
     def run(self, container_id: str, docker_server_url: str, *, time_limit: Any = None, **rest: Any) -> Any:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
-        client, name, state = connect(docker_server_url), f"Container {container_id[:12]}", {}
+        client = connect(docker_server_url)
+        config = client.inspect_container(container_id)["Config"]
+        name = f"Container {container_id[:12]} (image {config['Image']})"
+        watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"])
         try:
-            config = client.inspect_container(container_id)["Config"]
-            name += f" (image {config['Image']})"
-            watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"])
-            try:
-                if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
-                    raise failure(f"{name} was stopped at its time limit of {time_limit} s")
-                if isinstance(watch.result, Exception):
-                    raise watch.result
-            except NotFound:
-                raise
-            except BaseException as error:  # the container may still run
-                if isinstance(error, SystemExit):  # a process pool's answer to SIGTERM, which may come twice
-                    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-                self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
-                with suppress(*ERRORS):
-                    client.stop(container_id, timeout=STOP_GRACE_SECONDS)
-                watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
-                raise
-            result = watch.result
-            with suppress(NotFound):
-                state = client.inspect_container(container_id)["State"]
-        except NotFound:  # it was removed when it exited, as with auto_remove; the daemon's recent events have its code
-            filters = {"container": container_id, "event": "die"}
-            died = next(client.events(since=1, until=int(time.time()) + 1, filters=filters, decode=True), None)
-            if not died:
-                raise
-            self.logger.warning(f"Container {container_id[:12]} was removed when it exited; output may be missing")
-            result = {"Error": None, "StatusCode": int(died["Actor"]["Attributes"]["exitCode"])}
-        except ERRORS as error:
-            raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
-        code, reason = result.get("StatusCode"), (result.get("Error") or {}).get("Message")
+            if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
+                raise failure(f"{name} was stopped at its time limit of {time_limit} s")
+            if isinstance(watch.result, Exception):
+                raise watch.result
+        except BaseException as error:  # the container may still run
+            if isinstance(error, SystemExit):  # a process pool's answer to SIGTERM, which may come twice
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
+            with suppress(*ERRORS):
+                client.stop(container_id, timeout=STOP_GRACE_SECONDS)
+            watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
+            raise
+        code, reason = watch.result.get("StatusCode"), (watch.result.get("Error") or {}).get("Message")
         if rest["raise_on_exit_code"] and (reason or code):
-            memory = ", killed because it exceeded its memory limit (OOMKilled)" if state.get("OOMKilled") else ""
+            killed = client.inspect_container(container_id)["State"]["OOMKilled"]
+            memory = ", killed because it exceeded its memory limit (OOMKilled)" if killed else ""
             raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
         self.logger.info(f"{name} exited with code {code}")
-        return result
+        return watch.result
 
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):

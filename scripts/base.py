@@ -1,7 +1,5 @@
 """What the other scripts share: names of what they make, and how they wait and fail."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -4,8 +4,6 @@ With it comes a registry, called localhost:5001 on this machine and on the node,
 also a mirror of Docker Hub that has the images of the tests, for the node and for the daemons in the pods.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -171,7 +169,7 @@ def main(what: str) -> None:
     elif what == "bench":
         paths = [str(path) for folder in testable() for path in Path(folder).glob("bench_*.py")]
         sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)
-    else:
+    elif what == "airgap":
         with engine.running() as client:
             options = node_options(client)
             if options is None or f"--image={stand_ins.NODE}" in options:

@@ -1,7 +1,5 @@
 """The Docker engine that a local run uses: the user's own, or one that is started for as long as it is needed."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

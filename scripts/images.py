@@ -1,7 +1,5 @@
 """Have images on an engine, from wherever they are to be had."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 
 import docker

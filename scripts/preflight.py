@@ -3,8 +3,6 @@
 Environment: that of `flows.settings`, the Agent's NAMESPACE and SERVICE_ACCOUNT, Prefect's PROJECT, and KUBECONFIG.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -46,7 +44,7 @@ def needs(part: Any) -> Iterator[tuple[str, str, tuple[str, ...]]]:
     """The Secrets, ConfigMaps and PersistentVolumeClaims that a pod does not start without: kind, name, and keys."""
     for inner in part if isinstance(part, list) else ():
         yield from needs(inner)
-    for field, value in part.items() if isinstance(part, dict) else ():
+    for field, value in part.items() if isinstance(part, dict) else ():  # such as secretKeyRef, configMap, secret
         kind = re.fullmatch("(?i).*(secret|configmap|persistentvolumeclaim)(Key)?(Ref)?", field)
         if kind and isinstance(value, dict) and not value.get("optional"):
             name = value.get("name") or value.get("secretName") or value["claimName"]
@@ -95,8 +93,9 @@ class Preflight:
             raise CheckFailed(seen if error.status in (400, 422) else f"{seen} → {remedy}") from None
 
     def _settings(self) -> str:
-        self.settings = Settings.from_environ()
-        return f"{self.settings.image}, built from {self.settings.base_image}"
+        it = self.settings = Settings.from_environ()
+        image = f"{it.registry_url.rstrip('/')}/{it.image_name}:{it.image_tag}, built from {it.base_image}"
+        return f"{image}; JOB_TEMPLATE={os.environ.get('JOB_TEMPLATE', 'docker_sidecar')}"
 
     def _engine(self) -> str:
         chosen, found = os.environ.get("DOCKER_HOST"), engine.find()
@@ -177,7 +176,8 @@ class Preflight:
             options = {**json.loads(data.pop("daemon.json", "").strip() or "{}")}
         except (TypeError, ValueError) as error:
             raise CheckFailed(f"the daemon.json of {NAME} is not a JSON object: {error}") from None
-        # dockerd does not start if a flag names what its configuration names; and its store has to be the volume
+        # dockerd does not start if a flag, as --host, names what its configuration, as "hosts", names; and its store
+        # has to be the volume
         flags = json.dumps(self.settings.job_template)
         taken = [it for it in options if re.search(rf"--{re.escape(it.removesuffix('s'))}s?[= \\\"]", flags)]
         if wrong := sorted({*taken, *({"data-root"} & options.keys())}):

@@ -1,7 +1,5 @@
 """A registry at localhost:5001, to push to, and as a mirror of Docker Hub for daemons that do not reach it."""
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Run the flow in this process, on this machine's Docker engine: `make run`."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

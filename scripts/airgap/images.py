@@ -3,8 +3,6 @@
 Needs root on Debian, for mmdebstrap. README.md beside this file says what they are, and what they are not.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
