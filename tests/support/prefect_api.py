@@ -111,7 +111,8 @@ def matches(value: Any, where: dict[str, Any]) -> bool:
     """Whether a row, or the value of a column, passes the filter; of several rows one has to."""
     if isinstance(value, list):
         return any(matches(row, where) for row in value)
-    return all([_passes(value, *item) for item in where.items()])  # a list, so that nothing unknown is passed over
+    results = [_passes(value, key, operand) for key, operand in where.items()]
+    return all(results)  # not before all are there, so that nothing unknown is passed over
 
 
 def _passes(value: Any, key: str, operand: Any) -> bool:

@@ -41,16 +41,14 @@ def test_the_flow_cannot_be_imported_with_a_wrong_value(
     monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     monkeypatch.setenv("FLOW_IMAGE_TAG", "no tag")
-    with pytest.raises(SettingsError, match="^FLOW_IMAGE_TAG is 'no tag'. Allowed: "):
+    with pytest.raises(SettingsError, match="FLOW_IMAGE_TAG is 'no tag'"):
         request.getfixturevalue("flow")
 
 
 @pytest.mark.parametrize(
     ("value", "labels"), [("", set()), (" , ", set()), ("team-a", {"team-a"}), ("team-a, gpu ,", {"team-a", "gpu"})]
 )
-def test_labels(
-    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, value: str, labels: set[str]
-) -> None:
+def test_labels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, value: str, labels: set[str]) -> None:
     monkeypatch.setenv("FLOW_LABELS", value)
     assert request.getfixturevalue("flow").run_config.labels == labels
 

@@ -180,9 +180,6 @@ def flow_of(run, *handlers, **options):
         task(run, name="run", **options)()
     return flow
 """
-SIDECAR = "from flows.docker_sidecar import flow\n"
-THREADS, PROCESSES = (f"flow.executor = LocalDaskExecutor('{name}')\n" for name in ("threads", "processes"))
-
 Process = subprocess.Popen[bytes]
 Start = Callable[[str], tuple[FlowRun, Process]]
 
@@ -220,15 +217,16 @@ def assert_ended_by_sigterm(run: FlowRun, process: Process) -> None:
     assert set(run.task_states.values()) <= {"Success", "Failed", "Mapped"}, str(run)
 
 
-@pytest.mark.parametrize("executor", ["", THREADS, PROCESSES], ids=["local", "threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", "processes"])
 @pytest.mark.parametrize("task_name", ["PullImage", "WaitOnContainer"])
 def test_sigterm_during_a_task(start: Start, fake: FakeDocker, executor: str, task_name: str) -> None:
+    """With Prefect's local executor: tests/kubernetes/test_interrupted.py."""
     waits = task_name == "WaitOnContainer"
     if waits:
         fake.exited.clear()
     else:
         fake.pull = [fake.closing.wait]
-    run, process = start(SIDECAR + executor)
+    run, process = start(f"from flows.docker_sidecar import flow\nflow.executor = LocalDaskExecutor('{executor}')")
     asked = "POST /containers/wait" if waits else "POST /images/create"
     wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
     process.terminate()
@@ -259,11 +257,6 @@ def test_sigterm_before_the_first_task(start: Start) -> None:
     assert_ended_by_sigterm(*start("flow = flow_of(lambda: None, sigterm_at('Running'))"))
 
 
-def test_sigterm_when_all_is_done_changes_nothing(start: Start) -> None:
-    run, process = start("flow = flow_of(lambda: None, sigterm_at('Success'))")
-    assert (process.wait(60), run.state) == (0, "Success"), str(run)
-
-
 def test_sigterm_to_a_run_that_is_being_cancelled(start: Start, api: PrefectAPI) -> None:
     """Prefect looks every 15 s whether a run is cancelled."""
     run, process = start("flow = flow_of(lambda: time.sleep(60))")
@@ -274,7 +267,8 @@ def test_sigterm_to_a_run_that_is_being_cancelled(start: Start, api: PrefectAPI)
     assert (run.state, run.task_states["run-1"]) == ("Cancelled", "Cancelled"), str(run)
 
 
-def test_sigterm_to_a_process_that_a_task_has_forked(start: Start) -> None:
+def test_sigterm_that_does_not_end_the_run(start: Start) -> None:
+    """To a process that a task has forked, and when all is done."""
     run, process = start("""
 def child(up):
     up.set()
@@ -290,10 +284,9 @@ def run():
     process.join()
     assert process.exitcode == -signal.SIGTERM
 
-flow = flow_of(run)
+flow = flow_of(run, sigterm_at("Success"))
 """)
-    process.wait(60)
-    assert (run.state, run.task_states["run-1"]) == ("Success", "Success"), str(run)
+    assert (process.wait(60), run.state, run.task_states["run-1"]) == (0, "Success", "Success"), str(run)
 
 
 def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
