@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from typing import Any
 
 from markdown_it import MarkdownIt
+from prefect.cli.run import load_json_key_values
 
 from flows.settings import PROJECT
 
@@ -64,11 +64,5 @@ def example(name: str) -> str:
 
 def parameters(text: str) -> dict[str, Any]:
     """What `prefect run` takes the lines of an example for, each of which is `--param NAME=VALUE`."""
-    found: dict[str, Any] = {}
-    for line in text.splitlines():
-        name, _, value = shlex.split(line, comments=True)[1].partition("=")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+    pairs = [shlex.split(line, comments=True)[1] for line in text.splitlines()]
+    return load_json_key_values(pairs, "parameter")

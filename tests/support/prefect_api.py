@@ -1,13 +1,12 @@
 """A stand-in for the GraphQL API of Prefect Server 1.x, in memory, for the real client, CLI and Agent.
 
-Prefect Server is five container images, and not every machine can pull them. What Prefect 1.4.1 asks of it to
-register, run, watch, cancel and log flows is little, and this module answers just that. What it does not
-understand is an error to the client, and is kept in `PrefectAPI.errors` for the test to see.
+Prefect Server is five container images, and not every machine can pull them. This module answers what Prefect 1.4.1
+asks to register, run, watch, cancel and log flows. All else is an error to the client, and is kept in
+`PrefectAPI.errors` for the test to see.
 
 It follows the server's rules (https://github.com/PrefectHQ/server, src/prefect_server/api), the few filters of
 Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that it is sent, and what Apollo and
-PostgreSQL refuse. Its services do their work when a test says so. Left out: schedules, concurrency limits,
-artifacts, key-value store, tenants, any login.
+PostgreSQL refuse. Its services do their work when a test says so.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from graphql import build_schema, graphql_sync
-from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Retrying, Scheduled, State
+from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Scheduled, State
 from prefect.utilities.graphql import decompress
 
 MUTATIONS = {  # by what they answer; what is in their inputs is said once, by the signatures in `Store`
@@ -62,9 +61,8 @@ type flow_run {
   version: Int state: String serialized_state: JSON states: [state!]
   task_runs(where: JSON): [task_run!] logs(where: JSON, order_by: JSON): [log!]
 }
-type task_run {
-  id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID version: Int serialized_state: JSON
-}
+type task_run { id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID version: Int
+  serialized_state: JSON }
 type task { id: ID slug: String } type state { timestamp: DateTime serialized_state: JSON }
 type log { timestamp: DateTime level: String message: String } type success { success: Boolean }
 type set_states { states: [set_state!] } type set_state { id: ID status: String message: String }
@@ -75,7 +73,6 @@ SCHEMA = build_schema(f"{TYPES} {INPUTS} type Mutation {{ {FIELDS} }}")
 SCHEDULED = ["Scheduled", "Resume", "Retrying", "Paused", "Queued"]  # what an agent may take, when it is due
 RESTARTED = ["Failed", "TimedOut", "TriggerFailed", "Cancelled"]  # the tasks that the button of the UI resets
 LEVELS = ["NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
-LAZARUS, NO_HEARTBEAT = "Rescheduled by a Lazarus process.", "No heartbeat detected from the remote task; "
 BODY_LIMIT = 5 * 1024 * 1024  # bytes
 NUL_REFUSED = "unsupported Unicode escape sequence"
 NUL = re.compile(r"\0|(?<!\\)(?:\\\\)*\\u0000")  # as it is, or escaped in JSON
@@ -140,10 +137,8 @@ def new_id() -> str:
 def check_ids(*ids: str) -> None:
     """Refuse what is no UUID, as PostgreSQL does."""
     for found in ids:
-        try:
-            uuid.UUID(found)
-        except (ValueError, TypeError, AttributeError):
-            raise RefusedError(f"invalid input syntax for type uuid: {found!r}") from None
+        if not re.fullmatch("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str(found)):
+            raise RefusedError(f"invalid input syntax for type uuid: {found!r}")
 
 
 def time_of(text: str | None) -> datetime:
@@ -194,22 +189,19 @@ class FlowRun(Run):
     scheduled_start_time: datetime
     task_runs: list[TaskRun] = field(default_factory=list)
     logs: list[SimpleNamespace] = field(default_factory=list, repr=False)
-    heartbeats: int = 0
 
     flow_id = property(lambda self: self.flow.id)
 
     @property
     def task_states(self) -> dict[str, str]:
         """The state of each task by its slug; of the children of a mapped task by slug[0], slug[1], ..."""
-        keys = [r.task.slug + (f"[{r.map_index}]" if r.map_index >= 0 else "") for r in self.task_runs]
-        return dict(zip(keys, [r.state for r in self.task_runs]))
+        return {r.task.slug + (f"[{r.map_index}]" if r.map_index >= 0 else ""): r.state for r in self.task_runs}
 
     def __str__(self) -> str:
         """What the run has been through, for a test that gives up on it."""
         events = [(entry.timestamp, entry.state, entry.message) for entry in self.states]
         events += [(log.timestamp, log.level, log.message) for log in self.logs]
-        events.sort(key=operator.itemgetter(0))
-        lines = [f"{time:%H:%M:%S.%f} {kind}: {message}" for time, kind, message in events]
+        lines = [f"{time:%H:%M:%S.%f} {kind}: {message}" for time, kind, message in sorted(events, key=lambda e: e[0])]
         return "\n".join([f"flow run {self.name} {self.task_states}", *lines])
 
     def add_task_run(self, task: SimpleNamespace, map_index: int = -1) -> TaskRun:
@@ -247,19 +239,14 @@ class Store:
                 return row
         raise RefusedError(f"{refusal} {id}")
 
-    def create_project(self, name: str, description: str | None, tenant_id: str) -> Any:
+    def create_project(self, name: str, **_: Any) -> Any:
         if select(self.project, {"name": {"_eq": name}}):
             raise RefusedError("Uniqueness violation.")  # the words that the client takes for "there already"
         self.project.append(SimpleNamespace(id=new_id(), name=name))
         return self.project[-1]
 
     def create_flow_from_compressed_string(
-        self,
-        serialized_flow: Any,
-        project_id: str,
-        set_schedule_active: bool = True,
-        version_group_id: None = None,
-        idempotency_key: str | None = None,
+        self, serialized_flow: Any, project_id: str, idempotency_key: str | None = None, **_: Any
     ) -> Any:
         """Add a version to the project's flow of this name, unless the last one came with the same key."""
         serialized_flow = decompress(serialized_flow)
@@ -279,37 +266,24 @@ class Store:
             for run in self.flow_run:
                 if run.flow is old and run.state == "Scheduled":
                     self.enter(run, Cancelled("Flow run cancelled: its flow is archived"))
-        self.flows[flow.id] = flow
-        flow.tasks = []
+        self.flows[flow.id], flow.tasks = flow, []
         self.register_tasks(flow.id, serialized_flow.get("tasks", []))
         return flow
 
     def register_tasks(self, flow_id: str, serialized_tasks: list[dict[str, Any]]) -> Any:
         """Add tasks to a flow: `Flow.register()` sends them apart from it, `prefect register` does not."""
         flow = self._find(self.flow, flow_id, "Invalid flow ID")
-        known = {task.slug for task in flow.tasks}
-        flow.tasks += [
-            SimpleNamespace(id=new_id(), slug=task["slug"], max_retries=task.get("max_retries") or 0)
-            for task in serialized_tasks
-            if task["slug"] not in known
-        ]
+        known, slugs = {task.slug for task in flow.tasks}, [task["slug"] for task in serialized_tasks]
+        flow.tasks += [SimpleNamespace(id=new_id(), slug=slug) for slug in slugs if slug not in known]
         return self.success
 
-    def set_schedule_active(self, **_: Any) -> Any:
-        return self.success  # sent for flows without a schedule, too
+    def _ignore(self, **_: Any) -> Any:
+        return self.success
 
-    register_edges = set_schedule_active  # no answer depends on them
+    set_schedule_active = register_edges = update_flow_run_heartbeat = _ignore  # no answer depends on them
 
     def create_flow_run(
-        self,
-        flow_id: str,
-        flow_run_name: str | None = None,
-        idempotency_key: str | None = None,  # the client sends one, for requests that it repeats
-        labels: list[str] | None = None,
-        parameters: dict[str, Any] | None = None,
-        context: dict[str, Any] | None = None,
-        run_config: dict[str, Any] | None = None,
-        scheduled_start_time: str | None = None,
+        self, flow_id: str, labels: Any = None, parameters: Any = None, run_config: Any = None, **more: Any
     ) -> Any:
         """Schedule a run, for now if no time is given."""
         flow = self._find(self.flow, flow_id, "Flow not found:")
@@ -319,9 +293,9 @@ class Store:
         if missing := {p["name"] for p in flow.parameters if p["required"]} - set(parameters):
             raise RefusedError(f"Required parameters were not supplied: {missing}")
         labels = sorted((run_config.get("labels") or []) if labels is None else labels)
-        name = flow_run_name or f"{flow.name}-{len(self.flow_runs) + 1}"
-        start_time = time_of(scheduled_start_time)
-        run = FlowRun(flow, name, labels, parameters, context or {}, run_config or None, start_time)
+        name = more.get("flow_run_name") or f"{flow.name}-{len(self.flow_runs) + 1}"
+        context, start_time = more.get("context") or {}, time_of(more.get("scheduled_start_time"))
+        run = FlowRun(flow, name, labels, parameters, context, run_config or None, start_time)
         run.enter(Pending("Flow run created"))
         run.enter(Scheduled("Flow run scheduled.", start_time=start_time))
         for task in flow.tasks:
@@ -369,10 +343,6 @@ class Store:
             self.enter(run, cancel("The flow run is cancelled"))
         return run
 
-    def update_flow_run_heartbeat(self, flow_run_id: str) -> Any:
-        self._find(self.flow_run, flow_run_id, "Invalid flow run ID").heartbeats += 1
-        return self.success
-
     def write_run_logs(self, logs: Any) -> Any:
         # `prefect execute flow-run` sends one log as it is, which GraphQL takes for a list of one.
         for log in [logs] if isinstance(logs, dict) else logs:
@@ -384,11 +354,11 @@ class Store:
             run.logs.append(SimpleNamespace(timestamp=time, level=log["level"], message=log.get("message")))
         return self.success
 
-    def register_agent(self, type: str, name: str, labels: list[str], tenant_id: str, agent_config_id: None) -> Any:
+    def register_agent(self, name: str, labels: list[str], **_: Any) -> Any:
         self.agent.append(SimpleNamespace(id=new_id(), name=name, labels=labels, last_queried=None))
         return self.agent[-1]
 
-    def get_runs_in_queue(self, tenant_id: str, before: str, labels: list[str]) -> Any:
+    def get_runs_in_queue(self, before: str, labels: list[str], **_: Any) -> Any:
         """The runs that are due, or running with a task due again, and that fit the agent's labels."""
         due = {"state": {"_in": SCHEDULED}, "state_start_time": {"_lte": before}}
         runs = select(self.flow_run, {"_or": [due, {"state": {"_eq": "Running"}, "task_runs": due}]})
@@ -398,10 +368,7 @@ class Store:
 
 
 class PrefectAPI(ThreadingHTTPServer):
-    """Serves a `Store` over HTTP, from a thread of its own, as long as the `with` statement lasts.
-
-    Pods use the address that their agent uses, so `host` has to lead here from a pod, too, where there are any.
-    """
+    """Serves a `Store` over HTTP as long as the `with` statement lasts. Pods have to reach `host` as well."""
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         super().__init__((host, 0), _Handler)
@@ -420,8 +387,7 @@ class PrefectAPI(ThreadingHTTPServer):
         self._lock = threading.Lock()  # requests are answered one at a time
 
     def __enter__(self) -> PrefectAPI:
-        poll = {"poll_interval": 0.02}  # how long shutdown() may take
-        threading.Thread(target=self.serve_forever, kwargs=poll, name="prefect-api", daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()  # so long shutdown() may take
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -446,24 +412,16 @@ class PrefectAPI(ThreadingHTTPServer):
                     task_run.enter(Pending("Task run restarted"))
             run.enter(Scheduled("Flow run restarted"))
 
-    def kill_zombies(self, flow_run_id: str) -> None:
-        """Do what the zombie killer does if the last heartbeats of a run's tasks are 10 minutes old."""
-        with self._lock:
-            for task_run in self.flow_runs[flow_run_id].task_runs:
-                if task_run.state == "Running":
-                    runs = [entry.state for entry in task_run.states].count("Running")
-                    retried = Retrying(NO_HEARTBEAT + "retrying the run.", run_count=runs, start_time=time_of(None))
-                    failed = Failed(NO_HEARTBEAT + "marking the run as failed.")
-                    task_run.enter(retried if runs <= task_run.task.max_retries else failed)
-
-    def lazarus(self, flow_run_id: str) -> None:
-        """Do what Lazarus does if the last heartbeat of a run is 10 minutes old."""
+    def lose_heartbeats(self, flow_run_id: str) -> None:
+        """Do what the zombie killer, to tasks without retries, and Lazarus do if no heartbeat came for 10 minutes."""
         with self._lock:
             run = self.flow_runs[flow_run_id]
-            alive = {task_run.state for task_run in run.task_runs} & {"Running", *SCHEDULED}
-            if run.state in ("Submitted", "Running") and not alive:
-                again = [entry.message for entry in run.states].count(LAZARUS) < 3
-                run.enter(Scheduled(LAZARUS) if again else Failed("A Lazarus process has rescheduled it 3 times."))
+            for task_run in run.task_runs:
+                if task_run.state == "Running":
+                    task_run.enter(Failed("No heartbeat detected from the remote task; marking the run as failed."))
+            waiting = {task_run.state for task_run in run.task_runs} & {*SCHEDULED}
+            if run.state in ("Submitted", "Running") and not waiting:
+                run.enter(Scheduled("Rescheduled by a Lazarus process."))
 
     def answer(self, request: dict[str, Any], agent_id: str | None) -> tuple[int, Any]:
         """The HTTP status and body for a request: 400, as from Apollo, if it could not even be executed."""

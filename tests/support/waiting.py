@@ -10,17 +10,7 @@ T = TypeVar("T")
 
 
 def wait_for(condition: Callable[[], T], what: str, seen: Callable[[], object] = lambda: "", timeout: float = 30) -> T:
-    """Wait until a condition holds.
-
-    Args:
-        condition: what is asked, again and again, until it is true.
-        what: the condition in words.
-        seen: what to show when time is up: phases, events, the end of a log.
-        timeout: seconds.
-
-    Returns:
-        What the condition returned.
-    """
+    """Wait until a condition holds, and return what it returned. After `timeout` seconds fail, with what is seen."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if result := condition():

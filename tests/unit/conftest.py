@@ -5,15 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from prefect import Flow
+from prefect.utilities.storage import extract_flow_from_file
 
-if TYPE_CHECKING:
-    from prefect import Flow
+from flows.settings import PROJECT
+from tests.support.fake_docker import FakeDocker
+
+OURS = "FLOW_REGISTRY_URL FLOW_IMAGE_NAME FLOW_IMAGE_TAG FLOW_BASE_IMAGE FLOW_LABELS JOB_TEMPLATE IMAGE COMMAND"
+OURS += " NAMESPACE SERVICE_ACCOUNT PROJECT DOCKER_CONTEXT DOCKER_TLS_VERIFY REQUESTS_CA_BUNDLE CURL_CA_BUNDLE"
+PROXIES = "http_proxy HTTP_PROXY https_proxy all_proxy ALL_PROXY no_proxy NO_PROXY"
 
 
 @pytest.fixture(scope="session")
@@ -25,32 +31,36 @@ def nowhere() -> Iterator[int]:
 
 
 @pytest.fixture(autouse=True)
-def _hermetic(monkeypatch: pytest.MonkeyPatch, nowhere: int) -> None:
-    ours = ("FLOW_REGISTRY_URL", "FLOW_IMAGE_NAME", "FLOW_IMAGE_TAG", "FLOW_BASE_IMAGE", "FLOW_LABELS", "JOB_TEMPLATE")
-    for name in (*ours, "IMAGE", "COMMAND", "http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
+def _hermetic(monkeypatch: pytest.MonkeyPatch, nowhere: int, tmp_path: Path) -> Iterator[None]:
+    for name in f"{OURS} {PROXIES}".split():
+        monkeypatch.setenv(name, "")  # first, so that monkeypatch takes back what the code sets
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{nowhere}")
     monkeypatch.setenv("DOCKER_HOST", f"tcp://127.0.0.1:{nowhere}")
+    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     monkeypatch.setenv("KUBECONFIG", os.devnull)
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # flows and scripts have handlers of their own
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDocker]:
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
+    with FakeDocker() as fake:
+        yield fake
 
 
 def docker_context(monkeypatch: pytest.MonkeyPatch, folder: Path, host: str) -> None:
-    """Make a Docker context the current one, as `docker context create` and `docker context use` do."""
-    name = "colima"
-    meta = folder / "contexts" / "meta" / hashlib.sha256(name.encode()).hexdigest()
+    """Make a Docker context in DOCKER_CONFIG the current one, as `docker context create` and `… use` do."""
+    meta = folder / "contexts" / "meta" / hashlib.sha256(b"colima").hexdigest()
     meta.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"currentContext": name}))
-    content = {"Name": name, "Metadata": {}, "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}}}
+    (folder / "config.json").write_text('{"currentContext": "colima"}')
+    content = {"Name": "colima", "Metadata": {}, "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}}}
     (meta / "meta.json").write_text(json.dumps(content))
-    monkeypatch.setenv("DOCKER_CONFIG", str(folder))
     monkeypatch.delenv("DOCKER_HOST")
 
 
 @pytest.fixture
 def flow() -> Flow:
     """The flow, made anew for each test by the means of the flow's image."""
-    from prefect.utilities.storage import extract_flow_from_file
-
-    from flows.settings import PROJECT
-
     return extract_flow_from_file(str(PROJECT / "flows" / "docker_sidecar.py"))

@@ -6,16 +6,20 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+from docker.context import ContextAPI
 
 from flows.settings import PROJECT
 from scripts import cluster, engine, run
 from scripts.base import SetupError
+from tests.support.waiting import wait_for
 from tests.unit.conftest import docker_context
 
 
@@ -32,10 +36,8 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ("name", "value", "says"),
     [
         ("IMAGE", "no image", "run: image is 'no image'"),
-        ("COMMAND", "sh -c 'echo", 'run: command is "sh -c \'echo": No closing quotation'),
         ("COMMAND", '["sh",', "run: command is "),
         ("ENVIRONMENT", "A=1", "run: ENVIRONMENT is not JSON"),
-        ("HOST_CONFIG", '{"memory": "1g"}', "run: host_config"),
         ("TIME_LIMIT", "-1", "run: time_limit is -1"),
     ],
 )
@@ -50,102 +52,81 @@ def test_invalid_values_are_refused_at_once(
 
 
 NAMES = ["IMAGE", "COMMAND", "ENVIRONMENT", "HOST_CONFIG", "EXTRA_DOCKER_KWARGS", "TIME_LIMIT"]
+NAMES += ["NAMESPACE", "SERVICE_ACCOUNT", "PROJECT"]
+GIVEN = [f'{name}=sh -c "for i in 1 2; do echo $i $(HOME) $$; done"' for name in NAMES]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "NAMESPACE", "SERVICE_ACCOUNT", "PROJECT"])
-def test_only_what_stands_on_makes_command_line_counts(name: str) -> None:
+@pytest.mark.parametrize(("arguments", "seen"), [(GIVEN, GIVEN), ([], []), (["-e"], [])], ids=["given", "none", "-e"])
+def test_only_what_stands_on_makes_command_line_counts(arguments: list[str], seen: list[str]) -> None:
     """And it is handed on as it is."""
-    value = 'sh -c "for i in 1 2; do echo $i $(HOME) $$; done"'
-    for command, seen in (["make", f"{name}={value}"], value), (["make"], None), (["make", "-e"], None):
-        shown = subprocess.run(
-            [*command, "show", f"--eval=show: ; @printenv {name} || echo unset"],
-            cwd=PROJECT,
-            env={**os.environ, "PATH": os.defpath, name: "production"},
-            capture_output=True,
-            text=True,
-        )
-        assert (seen or "unset") in shown.stdout.splitlines(), shown
+    exported = {**os.environ, "PATH": os.defpath, **dict.fromkeys(NAMES, "production")}
+    command = ["make", *arguments, "show", "--eval=show: ; @env"]
+    shown = subprocess.run(command, cwd=PROJECT, env=exported, capture_output=True, text=True, check=True).stdout
+    assert {line for line in shown.splitlines() if line.partition("=")[0] in NAMES} == set(seen)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals, tmp_path: Path) -> None:
-    script = "from scripts import engine as e; import time; e.find = e.own = lambda: None; e._started = [1]; "
-    script += "e.start = lambda: print('up', flush=True); "
-    script += "e.stop = lambda: (print('ending', flush=True), time.sleep(1), print('down'), e._started.clear())\n"
-    script += "with e.running(): time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals) -> None:
+    """A signal may come twice: make sends SIGTERM as well."""
+    script = """
+import time
+from scripts import engine
+def stop():
+    print("ending", flush=True)
+    print(input(), "down")
+    engine._started.clear()
+engine.find = engine.own = lambda: None
+engine.start = lambda: print("up", flush=True)
+engine.stop, engine._started = stop, [1]
+with engine.running():
+    time.sleep(60)
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, text=True, **pipes) as process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signum)
         assert process.stdout.readline() == "ending\n"
-        if signum == signal.SIGTERM:
-            process.send_signal(signum)  # make sends it as well
-        assert process.stdout.read() == "down\n"
-
-
-def test_no_engine_and_no_way_to_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:1")
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    with pytest.raises(SetupError, match="no Docker engine answers"), engine.running():
-        pass
+        process.send_signal(signum)
+        assert process.communicate("is\n")[0] == "is down\n"
 
 
 @pytest.mark.parametrize(
-    ("variables", "says"),
+    ("context", "variables", "says"),
     [
-        ({"DOCKER_HOST": "tcp://127.0.0.1:9"}, "no Docker engine answers at DOCKER_HOST=tcp://127.0.0.1:9"),
-        ({"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_TLS_VERIFY": "1"}, "TLS"),
-        ({"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST"),
-        ({"DOCKER_CONTEXT": "gone"}, "there is no such context"),
+        ("unix:///none.sock", {"DOCKER_HOST": "tcp://127.0.0.1:9"}, "DOCKER_HOST=tcp://127.0.0.1:9: .*refused"),
+        ("unix:///none.sock", {"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_CERT_PATH": "/none"}, "TLS"),
+        ("unix:///none.sock", {"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST"),
+        ("unix:///none.sock", {"DOCKER_CONTEXT": "gone"}, "there is no such context"),
+        ("unix:///none.sock", {}, "unix:///none.sock.*No such"),
+        ("ssh://nobody@127.0.0.1:9", {}, "ssh://nobody@127.0.0.1:9.*paramiko"),
     ],
 )
 def test_an_engine_that_is_chosen_and_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, variables: dict[str, str], says: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, context: str, variables: dict[str, str], says: str
 ) -> None:
-    """As with `docker run`, no other engine takes its place."""
-    for name in ("DOCKER_HOST", "DOCKER_TLS_VERIFY", "DOCKER_CONTEXT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {"DOCKER_CERT_PATH": str(tmp_path), **variables}.items():
+    """The cause is said. As with `docker run`, no other engine takes its place, also as root."""
+    docker_context(monkeypatch, tmp_path, context)
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(SetupError, match=re.escape(says)):
-        engine.find()
-
-
-@pytest.mark.parametrize(
-    ("host", "cause"), [("ssh://nobody@127.0.0.1:9", "paramiko"), ("unix:///none.sock", "No such")]
-)
-def test_a_context_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, host: str, cause: str) -> None:
-    """The cause is said, and no other engine is started, also as root."""
-    docker_context(monkeypatch, tmp_path, host)
     monkeypatch.setattr(engine, "start", lambda: pytest.fail("an engine is started"))
-    with pytest.raises(SetupError, match=f"{host}.*{cause}"), engine.running():
+    with pytest.raises(SetupError, match=f"no Docker engine answers at .*{says}"), engine.running():
         pass
 
 
-def test_the_usual_socket_without_permission(tmp_path: Path) -> None:
-    """For a user who is not in the group docker."""
-    path = tmp_path / "docker.sock"
-    script = f"""
-import os, socket
-from docker.context import ContextAPI
-from scripts import engine
-ContextAPI.DEFAULT_CONTEXT.endpoints["docker"]["Host"] = "unix://{path}"
-listener = socket.socket(socket.AF_UNIX)
-listener.bind("{path}")
-os.chmod("{path}", 0)
-if os.geteuid() == 0:
-    os.seteuid(65534)
-engine.start = lambda: print("started")
-with engine.running():
-    pass
-"""
-    environ = {name: value for name, value in os.environ.items() if name not in ("DOCKER_HOST", "DOCKER_CONTEXT")}
-    environ["DOCKER_CONFIG"] = str(tmp_path)
-    tmp_path.chmod(0o755)
-    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, env=environ, capture_output=True, text=True)
-    assert "SetupError: no Docker engine answers at " in done.stderr
-    assert "Permission denied" in done.stderr.splitlines()[-1]
-    assert "started" not in done.stdout
+def test_the_usual_socket_without_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For a user who is not in the group docker. An error, and not None, which would start another engine."""
+    path, user = tmp_path / "docker.sock", os.geteuid()
+    monkeypatch.delenv("DOCKER_HOST")
+    monkeypatch.setitem(ContextAPI.DEFAULT_CONTEXT.endpoints["docker"], "Host", f"unix://{path}")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        path.chmod(0)
+        os.seteuid(user or 65534)  # root would need no permission
+        try:
+            with pytest.raises(SetupError, match=r"no Docker engine answers at .*Permission denied"):
+                engine.find()
+        finally:
+            os.seteuid(user)
 
 
 def test_without_an_engine_the_unit_tests_run(
@@ -170,16 +151,22 @@ def test_a_cluster_of_another_folder_is_left_alone(monkeypatch: pytest.MonkeyPat
     assert not client.containers.list.called
 
 
-def test_one_lock_for_all_that_start_or_stop_an_engine(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_one_lock_for_all_that_start_or_stop_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
     """A `make run` that started the engine is waited for by whoever would use it or stop it."""
-    script = "from scripts import engine as e\nwith e.lock(): print('mine')"
+    order = []
+
+    def other() -> None:
+        with engine.lock():
+            order.append("other")
+
+    thread = threading.Thread(target=other)
     with engine.lock():
-        other = subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, stdout=subprocess.PIPE, text=True)
-        assert other.stdout
-        assert other.stdout.readline() == "setup: waiting for another `make` of this project to end\n"
-    assert other.communicate()[0] == "mine\n"
+        thread.start()
+        said = wait_for(lambda: capsys.readouterr().out, "the other one waits")
+        order.append("this")
+    thread.join()
+    assert "waiting for another `make` of this project to end" in said
+    assert order == ["this", "other"]
 
 
 @pytest.mark.parametrize("version", ["3.9.25", "3.12.0"])

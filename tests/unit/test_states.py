@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
+import itertools
 import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import prefect
 import pytest
-from prefect import Client, Flow, Task, task
+from prefect import Client, Flow, Parameter, Task, task
 from prefect.engine.cloud import CloudFlowRunner
-from prefect.engine.state import Failed, Running, Success, TriggerFailed
+from prefect.engine.state import Failed, Running, Submitted, Success, TriggerFailed
 from prefect.storage import Local
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.storage import extract_flow_from_file
@@ -29,40 +29,20 @@ from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
 ALL_REQUESTS = ["POST /images/create", "POST /containers/create", "POST /containers/start", "POST /containers/wait"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:No result handler")
 
 
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
-    for name in ("no_proxy", "NO_PROXY"):  # set first, so that monkeypatch restores what connect() sets
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeDocker]:
-    with FakeDocker() as fake:
-        yield fake
-
-
 @pytest.fixture
 def api() -> Iterator[PrefectAPI]:
-    settings = {"backend": "server", "cloud.check_cancellation_interval": 0.1, "cloud.send_flow_run_logs": False}
-    with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
-        Client().create_project("demo")
-        yield api
+    settings = {"check_cancellation_interval": 0.1, "heartbeat_mode": "off", "send_flow_run_logs": False}
+    with PrefectAPI() as api:
+        cloud = {f"cloud.{name}": value for name, value in {"api": api.url, **settings}.items()}
+        with set_temporary_config({"backend": "server", **cloud}):
+            Client().create_project("demo")
+            yield api
     assert api.errors == []
-
-
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
 
 
 def submitted(flow: Flow, api: PrefectAPI, **parameters: Any) -> FlowRun:
@@ -72,51 +52,28 @@ def submitted(flow: Flow, api: PrefectAPI, **parameters: Any) -> FlowRun:
 
 def execute(flow: Flow, run: FlowRun, fake: FakeDocker) -> None:
     """Run a flow as the process in the pod does, on a daemon of its own."""
-    for name in NAMES:
-        flow.get_tasks(name)[0].docker_server_url = fake.url
+    for each in flow.tasks - flow.parameters():
+        each.docker_server_url = fake.url
     with prefect.context(flow_run_id=run.id):
         CloudFlowRunner(flow=flow).run()
-
-
-# ----------------------------------------------------------------------------------------------- causes
-
-
-def test_a_failure_names_its_cause_once(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, caplog: pytest.LogCaptureFixture
-) -> None:
-    run = submitted(flow, api, image="app:1")
-    fake.pull = [{"error": "manifest not found"}]
-    execute(flow, run, fake)
-    assert run.message == "Pulling app:1: manifest not found"
-    assert len([line for line in lines(caplog) if "not found" in line]) == 1
 
 
 @pytest.mark.parametrize("reference", ["after", "mapped"])
 def test_a_failed_child_of_a_mapped_task_fails_what_comes_after_it(reference: str) -> None:
     @task
-    def mapped(number: int) -> int:
+    def mapped(number: int) -> None:
         if number:
             raise prefect.engine.signals.FAIL(f"number {number} failed")
-        return number
 
     after = Task("after", trigger=all_successful_or_first_failure)
     with Flow("mapped", terminal_state_handler=states.fail_with_cause) as flow:
-        children = mapped.map([0, 1, 0])
+        children = mapped.map(Parameter("numbers"))
         after = after(upstream_tasks=[children])
     flow.set_reference_tasks([after if reference == "after" else children])
-    state = flow.run()
+    assert type(flow.run(numbers=[0, 0]).result[after]) is Success
+    state = flow.run(numbers=[0, 1, 0])
     assert (type(state), state.message) == (Failed, "number 1 failed")
     assert type(state.result[after]) is TriggerFailed
-
-
-def test_a_task_after_a_mapped_one_runs_if_all_children_succeeded() -> None:
-    after = Task("after", trigger=all_successful_or_first_failure)
-    with Flow("mapped") as flow:
-        after = after(upstream_tasks=[task(lambda number: number, name="mapped").map([1, 2])])
-    assert type(flow.run().result[after]) is Success
-
-
-# ---------------------------------------------------------------------------------------------- restart
 
 
 def test_a_restarted_run_runs_again_from_the_pull(
@@ -135,7 +92,7 @@ def test_a_restarted_run_runs_again_from_the_pull(
         assert [request for request, _ in second.requests if request.startswith("POST")] == ALL_REQUESTS
     assert run.state == "Success", str(run)
     assert set(run.task_states.values()) == {"Success"}
-    assert len([line for line in lines(caplog) if "The run was restarted" in line]) == 1
+    assert caplog.text.count("The run was restarted") == 1
 
 
 def test_a_run_that_is_retrying_goes_on(
@@ -151,15 +108,9 @@ def test_a_run_that_is_retrying_goes_on(
     assert [entry.state for entry in pull.states] == ["Pending", "Running", "Retrying", "Running", "Success"]
 
 
-def test_a_run_that_was_cancelled_stays_cancelled(flow: Flow, fake: FakeDocker, api: PrefectAPI) -> None:
-    run = submitted(flow, api, image="app:1")
-    api.cancel(run.id)
-    execute(flow, run, fake)
-    assert run.state == "Cancelled"
-    assert fake.requests == []
-
-
-@pytest.mark.parametrize(("restarted", "request_number"), [(False, 2), (False, 3), (True, 2), (True, 3), (True, 8)])
+@pytest.mark.parametrize(
+    ("restarted", "request_number"), [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3), (True, 8)]
+)
 def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
     flow: Flow, fake: FakeDocker, api: PrefectAPI, restarted: bool, request_number: int
 ) -> None:
@@ -170,11 +121,10 @@ def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
         execute(flow, run, fake)
         api.restart(run.id)
         fake.requests.clear()
-    answer, count = api.answer, 0
+    answer, numbers = api.answer, itertools.count(1)
 
     def cancel_before(*request: Any) -> Any:
-        nonlocal count
-        if (count := count + 1) == request_number:
+        if next(numbers) == request_number:
             api.cancel(run.id)
         return answer(*request)
 
@@ -182,9 +132,6 @@ def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
     execute(flow, run, fake)
     assert run.state == "Cancelled", str(run)
     assert fake.requests == []
-
-
-# -------------------------------------------------------------------------------------------- lost pods
 
 
 def test_a_run_whose_pod_was_lost_does_not_run_its_container_again(
@@ -197,11 +144,9 @@ def test_a_run_whose_pod_was_lost_does_not_run_its_container_again(
         if task_run.task.slug == "WaitOnContainer-1":
             break
         Client().set_task_run_state(task_run.id, Success())
-    api.kill_zombies(run.id)
-    api.lazarus(run.id)
+    api.lose_heartbeats(run.id)
     execute(flow, run, fake)
-    assert run.state == "Failed", str(run)
-    assert run.message == states.LOST
+    assert (run.state, run.message) == ("Failed", states.LOST), str(run)
     assert fake.requests == []
 
     api.restart(run.id)  # and if it is asked for, it does
@@ -211,16 +156,15 @@ def test_a_run_whose_pod_was_lost_does_not_run_its_container_again(
 
 def test_a_run_whose_pod_never_came_is_started_by_lazarus(flow: Flow, fake: FakeDocker, api: PrefectAPI) -> None:
     run = submitted(flow, api, image="app:1")
-    Client().set_flow_run_state(run.id, prefect.engine.state.Submitted())
-    api.lazarus(run.id)
+    Client().set_flow_run_state(run.id, Submitted())
+    api.lose_heartbeats(run.id)
     execute(flow, run, fake)
     assert run.state == "Success", str(run)
 
 
-# ---------------------------------------------------------------------------------------------- SIGTERM
-
 OWN = """
 import multiprocessing, os, signal, time
+from datetime import timedelta
 from prefect import Flow, task
 from prefect.executors import LocalDaskExecutor
 from flows.states import handle_pod_lifecycle, fail_with_cause
@@ -236,58 +180,59 @@ def flow_of(run, *handlers, **options):
         task(run, name="run", **options)()
     return flow
 """
-SIDECAR = "from flows.docker_sidecar import flow\n"
-THREADS, PROCESSES = (f"flow.executor = LocalDaskExecutor('{name}')\n" for name in ("threads", "processes"))
+Process = subprocess.Popen[bytes]
+Start = Callable[[str], tuple[FlowRun, Process]]
 
 
 @pytest.fixture
-def script(tmp_path: Path) -> Path:
-    return tmp_path / "flow.py"
+def start(api: PrefectAPI, fake: FakeDocker, tmp_path: Path) -> Iterator[Start]:
+    """Start a run of a flow, in a process as an Agent does."""
+    script = tmp_path / "flow.py"
+    with ExitStack() as processes:
+
+        def start(code: str) -> tuple[FlowRun, Process]:
+            script.write_text(OWN + code)
+            flow = extract_flow_from_file(str(script))
+            flow.storage = Local(path=str(script), stored_as_script=True)
+            flow.storage.add_flow(flow)
+            run = submitted(flow, api)
+            environment = {
+                "DOCKER_HOST": fake.url,
+                "PYTHONPATH": str(PROJECT),
+                "PREFECT__CONTEXT__FLOW_RUN_ID": run.id,
+                "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner",
+                "PREFECT__CLOUD__HEARTBEAT_MODE": "thread",
+            }
+            command = [sys.executable, "-m", "prefect", "execute", "flow-run"]
+            process = processes.enter_context(subprocess.Popen(command, env={**os.environ, **api.env, **environment}))
+            processes.callback(process.kill)
+            return run, process
+
+        yield start
 
 
-@contextmanager
-def process(script: Path, code: str, api: PrefectAPI, fake: FakeDocker) -> Iterator[tuple[FlowRun, Any]]:
-    """A run of a flow, in a process as an Agent starts it."""
-    script.write_text(OWN + code)
-    flow = extract_flow_from_file(str(script))
-    flow.storage = Local(path=str(script), stored_as_script=True)
-    flow.storage.add_flow(flow)
-    run = submitted(flow, api)
-    environment = {
-        "DOCKER_HOST": fake.url,
-        "PYTHONPATH": str(PROJECT),
-        "PREFECT__CONTEXT__FLOW_RUN_ID": run.id,
-        "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner",
-        "PREFECT__CLOUD__HEARTBEAT_MODE": "thread",
-    }
-    command = [sys.executable, "-m", "prefect", "execute", "flow-run"]
-    with subprocess.Popen(command, env={**os.environ, **api.env, **environment}) as started:
-        try:
-            yield run, started
-            started.wait(60)
-        finally:
-            started.kill()
-
-
-def assert_ended_by_sigterm(run: FlowRun) -> None:
+def assert_ended_by_sigterm(run: FlowRun, process: Process) -> None:
+    process.wait(60)
     assert (run.state, run.message) == ("Failed", states.SIGTERM_CAUSE), str(run)
     assert set(run.task_states.values()) <= {"Success", "Failed", "Mapped"}, str(run)
 
 
-@pytest.mark.parametrize("executor", ["", THREADS, PROCESSES], ids=["local", "threads", "processes"])
+@pytest.mark.parametrize("executor", ["threads", "processes"])
 @pytest.mark.parametrize("task_name", ["PullImage", "WaitOnContainer"])
-def test_sigterm_during_a_task(script: Path, api: PrefectAPI, fake: FakeDocker, executor: str, task_name: str) -> None:
+def test_sigterm_during_a_task(start: Start, fake: FakeDocker, executor: str, task_name: str) -> None:
+    """With Prefect's local executor: tests/kubernetes/test_interrupted.py."""
     waits = task_name == "WaitOnContainer"
     if waits:
         fake.exited.clear()
     else:
         fake.pull = [fake.closing.wait]
-    with process(script, SIDECAR + executor, api, fake) as (run, started):
-        asked = "POST /containers/wait" if waits else "POST /images/create"
-        wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
-        started.terminate()
-        wait_for(lambda: run.state == "Failed", "it is Failed before Kubernetes sends SIGKILL", lambda: run, 30)
-    assert_ended_by_sigterm(run)
+    run, process = start(f"from flows.docker_sidecar import flow\nflow.executor = LocalDaskExecutor('{executor}')")
+    asked = "POST /containers/wait" if waits else "POST /images/create"
+    wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
+    process.terminate()
+    wait_for(lambda: run.state == "Failed", "it is Failed before Kubernetes sends SIGKILL", lambda: run, 30)
+    fake.closing.set()  # a thread that pulls may hold the process up until the pull ends
+    assert_ended_by_sigterm(run, process)
     assert len(fake.asked("POST /containers/stop")) == waits
 
 
@@ -295,42 +240,36 @@ def test_sigterm_during_a_task(script: Path, api: PrefectAPI, fake: FakeDocker, 
     "code",
     [
         "flow = flow_of(lambda: time.sleep(60))",
-        "flow = flow_of(lambda: time.sleep(60), max_retries=3, retry_delay=__import__('datetime').timedelta(0))",
+        "flow = flow_of(lambda: time.sleep(60), max_retries=3, retry_delay=timedelta(0))",
         "with flow_of(lambda: None) as flow: task(lambda _: time.sleep(60), name='mapped').map([1, 2])",
     ],
     ids=["plain", "retried", "mapped"],
 )
-def test_sigterm_during_a_task_in_python(script: Path, api: PrefectAPI, fake: FakeDocker, code: str) -> None:
+def test_sigterm_during_a_task_in_python(start: Start, code: str) -> None:
+    run, process = start(code)
     name = "mapped-1[0]" if "mapped" in code else "run-1"
-    with process(script, code, api, fake) as (run, started):
-        wait_for(lambda: run.task_states.get(name) == "Running", "the task runs", lambda: run)
-        started.terminate()
-    assert_ended_by_sigterm(run)
+    wait_for(lambda: run.task_states.get(name) == "Running", "the task runs", lambda: run)
+    process.terminate()
+    assert_ended_by_sigterm(run, process)
 
 
-def test_sigterm_before_the_first_task(script: Path, api: PrefectAPI, fake: FakeDocker) -> None:
-    with process(script, "flow = flow_of(lambda: None, sigterm_at('Running'))", api, fake) as (run, _):
-        pass
-    assert_ended_by_sigterm(run)
+def test_sigterm_before_the_first_task(start: Start) -> None:
+    assert_ended_by_sigterm(*start("flow = flow_of(lambda: None, sigterm_at('Running'))"))
 
 
-def test_sigterm_when_all_is_done_changes_nothing(script: Path, api: PrefectAPI, fake: FakeDocker) -> None:
-    with process(script, "flow = flow_of(lambda: None, sigterm_at('Success'))", api, fake) as (run, started):
-        pass
-    assert (run.state, started.returncode) == ("Success", 0), str(run)
-
-
-def test_sigterm_to_a_run_that_is_being_cancelled(script: Path, api: PrefectAPI, fake: FakeDocker) -> None:
+def test_sigterm_to_a_run_that_is_being_cancelled(start: Start, api: PrefectAPI) -> None:
     """Prefect looks every 15 s whether a run is cancelled."""
-    with process(script, "flow = flow_of(lambda: time.sleep(60))", api, fake) as (run, started):
-        wait_for(lambda: run.task_states["run-1"] == "Running", "the task runs", lambda: run)
-        api.cancel(run.id)
-        started.terminate()
+    run, process = start("flow = flow_of(lambda: time.sleep(60))")
+    wait_for(lambda: run.task_states["run-1"] == "Running", "the task runs", lambda: run)
+    api.cancel(run.id)
+    process.terminate()
+    process.wait(60)
     assert (run.state, run.task_states["run-1"]) == ("Cancelled", "Cancelled"), str(run)
 
 
-def test_sigterm_to_a_process_that_a_task_has_forked(script: Path, api: PrefectAPI, fake: FakeDocker) -> None:
-    code = """
+def test_sigterm_that_does_not_end_the_run(start: Start) -> None:
+    """To a process that a task has forked, and when all is done."""
+    run, process = start("""
 def child(up):
     up.set()
     time.sleep(60)
@@ -345,24 +284,9 @@ def run():
     process.join()
     assert process.exitcode == -signal.SIGTERM
 
-flow = flow_of(run)
-"""
-    with process(script, code, api, fake) as (run, _):
-        pass
-    assert (run.state, run.task_states["run-1"]) == ("Success", "Success"), str(run)
-
-
-def test_sigterm_to_a_run_on_this_machine(fake: FakeDocker) -> None:
-    """The container is stopped, as after Ctrl-C."""
-    fake.exited.clear()
-    environment = {**os.environ, "DOCKER_HOST": fake.url}
-    command = [sys.executable, "-c", SIDECAR + "flow.run()"]
-    with subprocess.Popen(command, cwd=PROJECT, env=environment, stderr=subprocess.PIPE, text=True) as started:
-        wait_for(lambda: fake.asked("POST /containers/wait"), "the container runs")
-        started.terminate()
-        _, error = started.communicate(timeout=60)
-    assert "KeyboardInterrupt" in error
-    assert fake.asked("POST /containers/stop")
+flow = flow_of(run, sigterm_at("Success"))
+""")
+    assert (process.wait(60), run.state, run.task_states["run-1"]) == (0, "Success", "Success"), str(run)
 
 
 def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
@@ -375,13 +299,13 @@ WaitOnContainer(container_id="{ID}", docker_server_url="{fake.url}").run()
 """
     fake.exited.clear()
     command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as started:
-        fake.streams = [[frame(1, b"up\n"), fake.exited.wait, started.terminate, frame(1, b"saving\n")]]
+    with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
+        fake.streams = [[frame(1, b"up\n"), fake.exited.wait, process.terminate, frame(1, b"saving\n")]]
         wait_for(lambda: fake.asked("POST /containers/wait"), "the container runs")
-        started.terminate()
-        output, _ = started.communicate(timeout=60)
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
     assert "saving" in output
-    assert started.returncode == 0
+    assert process.returncode == 0
 
 
 @pytest.mark.parametrize("own", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None], ids=["default", "ignored", "own"])
@@ -394,12 +318,5 @@ def test_a_programs_own_handler_stays(own: Any) -> None:
     assert (seen == [own]) == (own != signal.SIG_DFL)
     assert signal.getsignal(signal.SIGTERM) == own
 
-
-def test_a_run_in_a_thread() -> None:
-    with Flow("own", state_handlers=[handle_pod_lifecycle]) as flow:
-        task(lambda: None, name="run")()
-    ended = []
-    thread = threading.Thread(target=lambda: ended.append(flow.run()))
-    thread.start()
-    thread.join()
-    assert ended[0].is_successful()
+    with ThreadPoolExecutor() as pool:  # a thread may set no handler
+        assert pool.submit(flow.run).result().is_successful()
