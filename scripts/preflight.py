@@ -90,7 +90,7 @@ class Preflight:
                 raise PermissionError(seen) from None  # the user of the kubeconfig may not look
             remedy = self.label if "violates PodSecurity" in seen else "use another NAMESPACE, or have that allowed"
             remedy = "install its runtime, or use another JOB_TEMPLATE" if "RuntimeClass" in seen else remedy
-            raise CheckFailed(seen if error.status in (400, 422) else f"{seen} → {remedy}") from None
+            raise CheckFailed(f"{seen} → {remedy}" if error.status == 403 else seen) from None
 
     def _settings(self) -> str:
         it = self.settings = Settings.from_environ()

@@ -1,7 +1,5 @@
 """The job templates, without a cluster: valid for each Kubernetes that they are for, and with sound scripts."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import subprocess

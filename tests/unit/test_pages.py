@@ -1,7 +1,5 @@
 """All pages: make has the targets, examples can be parsed, and links lead somewhere. Other tests run the examples."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

@@ -3,8 +3,6 @@
 What it asks of Kubernetes is tested on a real cluster: tests/kubernetes/test_preflight.py.
 """
 
-from __future__ import annotations
-
 import json
 import threading
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The picture that docs/design.md opens with, against the imports: each arrow leads downwards, and none is missing."""
 
-from __future__ import annotations
-
 import ast
 import itertools
 import re

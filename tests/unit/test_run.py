@@ -1,7 +1,5 @@
 """What `make run` and its scripts say when they cannot do what they are asked for."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

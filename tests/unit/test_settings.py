@@ -1,7 +1,5 @@
 """What a deployment may set, and what it is told when that cannot be used."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path
@@ -9,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from flows.settings import Settings, SettingsError, is_image
+from flows.parameters import validate_parameters
+from flows.settings import Settings, SettingsError
 
 DIGEST = f"@sha256:{'0123456789abcdef' * 4}"
 
@@ -70,8 +69,8 @@ NO_IMAGES = "Python a/B a/ /a a:b:c a:-b :tag -x python: https://gcr.io/dev/flow
 
 
 def test_image_references() -> None:
-    assert [reference for reference in IMAGES.split() if not is_image(reference)] == []
-    assert [reference for reference in ["", "no image", "name\n", *NO_IMAGES.split()] if is_image(reference)] == []
+    assert [it for it in IMAGES.split() if validate_parameters({"image": it})] == []
+    assert [it for it in ["", "no image", "name\n", *NO_IMAGES.split()] if not validate_parameters({"image": it})] == []
 
 
 JOB = """
@@ -118,7 +117,7 @@ REFUSED = {
         JOB.replace("name: flow", "flow"),
         *(f"{FLOW}env: {value}" for value in ("{A: b}", "[PASSWORD=hunter2]", "[{name: A}, {value: b}]")),
     ],
-    "it has 3 documents": [f"{JOB}---{JOB}---\n---\nkind: ConfigMap"],
+    "or more than one document": [f"{JOB}---{JOB}---\n---\nkind: ConfigMap"],
     "it holds placeholders": [
         f"{JOB}metadata:\n  memory: {{{{ .Values.x }}}}",
         f"{JOB}metadata:\n  {{{{- if .Values.x }}}}\n  b: 1\n{{{{- end }}}}",

@@ -1,7 +1,5 @@
 """How runs end: causes, restarts, lost pods, SIGTERM. The API is a stand-in, and so is the Docker daemon."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal
