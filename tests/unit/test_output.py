@@ -148,7 +148,8 @@ class Uploads:
 def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Uploads]:
     """Uploads come more often than in a pod, and so does output: the ratio is about the same."""
     manager, send = LogManager(), requests.Session.send
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.03)
+    monkeypatch.setattr("flows.output.UPLOAD_SECONDS", 60)  # a busy machine takes a while for so much
     monkeypatch.setattr("prefect.utilities.logging.LOG_MANAGER", manager)
     monkeypatch.setattr("flows.output.LOG_MANAGER", manager)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
@@ -160,7 +161,7 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Uploads
                 raise requests.ConnectionError("the API is down")
         return send(session, request, **options)
 
-    settings = {"backend": "server", "cloud.send_flow_run_logs": True, "cloud.logging_heartbeat": 0.4}
+    settings = {"backend": "server", "cloud.send_flow_run_logs": True, "cloud.logging_heartbeat": 0.2}
     with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
         Client().create_project("demo")
         flow_id = Client().register(Flow("logs"), project_name="demo", build=False, no_url=True)
@@ -189,7 +190,7 @@ def test_uploads_are_well_below_what_prefect_server_refuses(uploads: Uploads) ->
 
     def run(text: str) -> None:
         with prefect.context(context):
-            run_container(*megabytes(40, text))
+            run_container(*megabytes(20, text))
 
     context = prefect.context.copy()
     with ThreadPoolExecutor() as pool:

@@ -179,7 +179,7 @@ def test_a_daemon_that_refuses_is_not_waited_for(fake: FakeDocker, caplog: pytes
 @pytest.mark.parametrize(
     ("config", "names"),
     [
-        ('{"credHelpers": {"registry.example": "gcloud"}}', "docker-credential-gcloud"),
+        ('{"credHelpers": {"registry.example": "not-there"}}', "docker-credential-not-there"),
         ('{"credsStore": "broken"}', "docker-credential-broken"),
         ("[]", "is no valid Docker configuration"),
         ('{"auths": 5}', "is no valid Docker configuration"),
