@@ -250,14 +250,15 @@ def test_a_broken_login_is_left_out(
 def test_an_image_that_the_daemon_has(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    fake.images = {"app:1"}
+    options = {"extra_docker_kwargs": {"platform": "linux/arm64"}}  # perhaps not what it has
+    assert "unexpected EOF" in str(pull_failure(fake, "app:1", "unexpected EOF", **options))
     monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.1)
     monkeypatch.setattr("flows.tasks.PULL_SILENCE_SECONDS", 0.2)
-    fake.images, fake.pull = {"app:1"}, [fake.closing.wait]
+    fake.pull = [fake.closing.wait]
     assert PullImage(docker_server_url=fake.url).run(repository="app:1") == "app:1"
     assert "the registry or the daemon hangs" in warning(caplog)
     assert "the image that the daemon has" in warning(caplog)
-    options = {"extra_docker_kwargs": {"platform": "linux/arm64"}}  # perhaps not what it has
-    assert "unexpected EOF" in str(pull_failure(fake, "app:1", "unexpected EOF", **options))
 
 
 def test_progress_whatever_shape_events_have(
