@@ -33,19 +33,15 @@ class FakeDocker(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"tcp://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, dict[str, str]]] = []  # such as ("POST /images/create", {"tag": "1"})
-        self.pull: Iterable[Any] = [  # events, or callables
-            {"status": "Status: Image is up to date for app:1"}
-        ]
+        self.pull: Iterable[Any] = [{"status": "Status: Image is up to date for app:1"}]  # events, or callables
         self.images: set[str] = set()  # that the daemon has
         self.streams: list[Iterable[Item]] = [[]]  # of output: the first request gets the first one, and so on
         self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
         self.end: Iterable[Item] = []  # of the output, when it is asked for without "follow"
-        self.logs: tuple[dict[str, str], int] | None = None  # an answer instead of output
         self.exited = threading.Event()
         self.exited.set()
-        self.result: dict[str, Any] | None = {"StatusCode": 0}  # of the wait; None: the connection breaks
+        self.result = {"StatusCode": 0}  # of the wait
         self.gone = False  # whether the container has been removed
-        self.die_events: list[dict[str, Any]] = []
         self.closing = threading.Event()
 
     def __enter__(self) -> FakeDocker:
@@ -91,11 +87,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.json({"Config": {"Image": "app:1", "Tty": False}, "State": state})
         elif path == "/containers/wait":
             fake.exited.wait()
-            if fake.result is None:
-                raise ConnectionResetError
             self.json(fake.result)
-        elif path == "/containers/logs" and fake.logs:
-            self.json(*fake.logs)
         elif path == "/containers/logs" and query.get("follow") == "1":
             self.stream(fake.streams.pop(0) if fake.streams else [])
         elif path == "/containers/logs":
@@ -103,8 +95,6 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/containers/stop":
             fake.exited.set()
             self.json(None, 204)
-        elif path == "/events":
-            self.stream(json.dumps(event).encode() for event in fake.die_events)
         else:
             self.json(None, 204)
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import itertools
-import json
-import threading
-import time
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,42 +14,34 @@ import prefect
 import psutil
 import pytest
 import requests
+from prefect import Client, Flow
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.logging import LogManager
 
-from flows.output import LINE_LENGTH, WAITING_BYTES, Batch, as_sent, frames
+from flows.output import LINE_LENGTH, WAITING_BYTES, Batch, frames
 from flows.tasks import WaitOnContainer
 from tests.support.fake_docker import ID, FakeDocker, frame
+from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
 STREAM = frame(1, b"out\n") + frame(2, b"") + frame(2, b"err\n") + frame(1, b"\0\1") + frame(0, b"x") + frame(2, b"")
 PARTS = [(1, b"out\n"), (2, b""), (2, b"err\n"), (1, b"\0\1"), (1, b"x"), (2, b"")]
+OUT, ERR = 1, 2
+LONG = "語".encode() * 60_000
 
 
-@pytest.mark.parametrize("first", range(len(STREAM) + 1))
-def test_frames_are_found_wherever_the_stream_is_cut(first: int) -> None:
-    for second in range(first, len(STREAM) + 1):
+def test_frames_are_found_wherever_the_stream_is_cut() -> None:
+    for first, second in itertools.combinations_with_replacement(range(len(STREAM) + 1), 2):
         chunks = [STREAM[:first], STREAM[first:second], STREAM[second:]]
         assert list(frames(chunks, tty=False)) == PARTS
+        assert list(frames(chunks, tty=True)) == [(OUT, chunk) for chunk in chunks], "a TTY has no frames"
 
 
-def test_frames_are_found_in_single_bytes_and_as_soon_as_they_are_whole() -> None:
-    read = []
-    chunks = (read.append(byte) or bytes([byte]) for byte in STREAM)  # type: ignore[func-returns-value]
-    parts = frames(chunks, tty=False)
-    assert next(parts) == PARTS[0]
-    assert len(read) == len(frame(1, b"out\n"))
-    assert list(parts) == PARTS[1:]
-
-
-def test_a_stream_that_breaks_off_gives_its_whole_frames() -> None:
-    assert list(frames([STREAM[:-1]], tty=False)) == PARTS[:-1]
-    assert list(frames([], tty=False)) == []
-
-
-def test_a_tty_has_no_frames() -> None:
-    chunks = [STREAM[:5], STREAM[5:]]
-    assert list(frames(chunks, tty=True)) == [(1, chunk) for chunk in chunks]
+def test_frames_come_when_they_are_whole() -> None:
+    chunks = iter([STREAM[:12], STREAM[12:]])
+    assert next(frames(chunks, tty=False)) == PARTS[0]
+    assert next(chunks) == STREAM[12:], "it has not been read"
+    assert list(frames([STREAM[:-1]], tty=False)) == PARTS[:-1], "the stream breaks off"
 
 
 def take_all(batch: Batch) -> list[tuple[int, str]]:
@@ -62,16 +51,6 @@ def take_all(batch: Batch) -> list[tuple[int, str]]:
         texts += batch.take()
     groups = itertools.groupby(texts + batch.rest(), key=lambda text: text[0])
     return [(stream, "\n".join(text for _, text in group)) for stream, group in groups]
-
-
-def take(*data: tuple[int, bytes]) -> list[tuple[int, str]]:
-    batch = Batch()
-    for stream, piece in data:
-        batch.add(stream, piece)
-    return take_all(batch)
-
-
-OUT, ERR = 1, 2
 
 
 @pytest.mark.parametrize(
@@ -87,10 +66,16 @@ OUT, ERR = 1, 2
         ([(OUT, b"a"), (ERR, b"b\n"), (OUT, b"c\n")], [(ERR, "b"), (OUT, "ac")]),  # in the order of their ends
         ([(OUT, b"\xe2\x82"), (OUT, b"\xac\n")], [(OUT, "€")]),
         ([(OUT, b"\xff\xe2\x82\n")], [(OUT, "\ufffd\ufffd")]),
+        ([(OUT, LONG[start : start + (1 << 14)]) for start in range(0, len(LONG), 1 << 14)], [(OUT, "語" * 60_000)]),
+        ([(ERR, b"\r%08d" % number * 10) for number in range(5000)], [(ERR, "00004999")]),  # of a progress bar
     ],
+    ids=range(12),
 )
 def test_texts(data: list[tuple[int, bytes]], texts: list[tuple[int, str]]) -> None:
-    assert take(*data) == texts
+    batch = Batch()
+    for stream, piece in data:
+        batch.add(stream, piece)
+    assert take_all(batch) == texts
 
 
 def test_a_line_is_taken_once_and_when_it_is_whole() -> None:
@@ -104,18 +89,14 @@ def test_a_line_is_taken_once_and_when_it_is_whole() -> None:
     assert batch.rest() == []
 
 
-def numbered(count: int) -> list[str]:
-    return [f"line {number:09}" for number in range(count)]
-
-
-@pytest.mark.parametrize("count", [10_000, 70_000, 100_000, 300_000])
-def test_the_middle_is_dropped_and_counted(count: int) -> None:
-    batch, lines = Batch(), numbered(count)
+@pytest.mark.parametrize(("count", "fits"), [(80_000, True), (300_000, False)])
+def test_what_is_too_much_is_dropped_from_the_middle_and_counted(count: int, fits: bool) -> None:
+    batch, lines = Batch(), [f"line {number:09}" for number in range(count)]
     for line in lines:
         batch.add(OUT, f"{line}\n".encode())
-    text = "\n".join(text for _, text in take_all(batch)).split("\n")
+    text = take_all(batch)[0][1].split("\n")
     notes = [line for line in text if "dropped" in line]
-    if count <= 70_000:
+    if fits:
         assert text == lines
     else:
         [note] = notes
@@ -123,198 +104,117 @@ def test_the_middle_is_dropped_and_counted(count: int) -> None:
         assert text[:kept] + text[kept + 1 :] == lines[:kept] + lines[kept + dropped :]
         assert kept + dropped < count, "the end is kept"
         assert 0.4 < kept / (len(text) - 1) < 0.6
-
-
-@pytest.mark.parametrize("line", ["7", "", "\U0001f40b" * 100], ids=["short", "empty", "emoji"])
-def test_what_fits_is_whole(line: str) -> None:
-    """`seq 10000`, and the like: there is no other cost than that of the bytes."""
-    batch, count = Batch(), WAITING_BYTES * 9 // 10 // len(f"{line}\n".encode())
-    for _ in range(min(count, 50_000)):
-        batch.add(OUT, f"{line}\n".encode())
-    assert "\n".join(text for _, text in take_all(batch)).split("\n") == [line] * min(count, 50_000)
-
-
-def test_after_a_gap_lines_are_whole_again() -> None:
-    batch = Batch()
-    for line in numbered(200_000):
-        batch.add(OUT, f"{line}\n".encode())
-    assert "dropped" in str(take_all(batch))
     batch.add(OUT, b"a\nb\n")
-    assert take_all(batch) == [(OUT, "a\nb")]
+    assert take_all(batch) == [(OUT, "a\nb")], "lines are whole again"
 
 
-@pytest.mark.parametrize("length", [0, 1000, 1 << 14])
-@pytest.mark.parametrize("streams", [(OUT,), (OUT, ERR)], ids=["one stream", "two in turn"])
-def test_however_much_comes_memory_is_bounded(length: int, streams: tuple[int, ...]) -> None:
-    batch, line = Batch(), b"x" * length + b"\n"
-    batch.add(OUT, b"first\n")
-    tracemalloc.start()
-    try:
-        for _ in range(2 * WAITING_BYTES // (length + 300)):
-            for stream in streams:
-                batch.add(stream, line)
-        batch.add(OUT, b"last\n")
-        used, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert used < 2 * WAITING_BYTES
-    texts = take_all(batch)
-    assert texts[0][1].startswith("first")
-    assert texts[-1][1].endswith("last")
-
-
-def test_old_states_of_a_progress_bar_are_not_kept() -> None:
+def test_however_much_comes_memory_is_bounded() -> None:
+    """Also for empty lines on two streams in turn, which take more memory than they have bytes."""
     batch = Batch()
-    for number in range(5000):
-        batch.add(ERR, b"\r%08d" % number * 10)
-    assert take_all(batch) == [(ERR, "00004999")]
-
-
-@pytest.mark.parametrize("text", ["日本語" * 6000, "é" * 32_000, "a" + "\U0001f40b" * 10_000, "abc" * 20_000])
-@pytest.mark.parametrize("end", [b"", b"\n"])
-def test_a_long_line_is_whole(text: str, end: bytes) -> None:
-    data, step = text.encode() + end, 1 << 14
-    assert take(*((OUT, data[start : start + step]) for start in range(0, len(data), step))) == [(OUT, text)]
+    tracemalloc.start()
+    for stream in [OUT, ERR] * (WAITING_BYTES // 150):
+        batch.add(stream, b"\n")
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used < 2 * WAITING_BYTES
+    assert "lines dropped here" in str(take_all(batch))
 
 
 def test_a_line_that_does_not_end_is_broken() -> None:
     batch = Batch()
-    for _ in range(100):
+    for _ in range(60):
         batch.add(OUT, b"x" * (1 << 14))
-    batch.add(OUT, b"\n")
-    lines = "\n".join(text for _, text in take_all(batch)).split("\n")
-    assert max(map(len, lines)) <= LINE_LENGTH + (1 << 15)
-
-
-@pytest.mark.parametrize(
-    ("text", "size"), [("a", 1), ("\n", 3), ('"', 4), ("\\", 4), ("\x1b", 7), ("ж", 7), ("語", 7), ("\U0001f40b", 14)]
-)
-def test_bytes_as_they_are_sent(text: str, size: int) -> None:
-    sent = requests.Request("POST", "http://api", json={"variables": json.dumps({"logs": [text * 100]})}).prepare()
-    without = requests.Request("POST", "http://api", json={"variables": json.dumps({"logs": [""]})}).prepare()
-    assert len(sent.body) - len(without.body) == size * 100 == as_sent(text * 100) - as_sent("")
+    [(_, text)] = take_all(batch)
+    assert max(map(len, text.split("\n"))) <= LINE_LENGTH + (1 << 15)
+    assert text.count("x") == 60 << 14
 
 
 # ------------------------------------------------------------------- a run's logs, through Prefect's own client
 
 
-class API(ThreadingHTTPServer):
-    """Takes logs as Prefect Server does: 413 above 5 MB, and NUL is an error. It can be down."""
+@dataclass
+class Uploads:
+    """How Prefect's own client sends the logs of a run to its API."""
 
-    daemon_threads = True
+    run: FlowRun
+    down: bool = False  # whether the API is
+    sizes: list[int] = field(default_factory=list)  # in bytes
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.up, self.sizes, self.messages, self.refused = threading.Event(), list[int](), list[str](), list[int]()
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: API
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.server.sizes.append(len(body))
-        logs = json.loads(json.loads(body)["variables"])["input"]["logs"]
-        if not self.server.up.is_set() or len(body) > 5_000_000 or "\0" in str([log["message"] for log in logs]):
-            self.server.refused.append(len(body))
-            self.send_response(413)
-            self.end_headers()
-            return
-        self.server.messages += [log["message"] for log in logs]
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(b'{"data": {"write_run_logs": {"success": true}}}')
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+    def output(self) -> str:
+        return "\n".join(log.message for log in self.run.logs)
 
 
 @pytest.fixture
-def api(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[API]:
-    """Uploads come every second, and output is handed on more often: as much as in five seconds in a run."""
-    manager = LogManager()
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.1)
+def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Uploads]:
+    """Uploads come more often than in a pod, and so does output: the ratio is about the same."""
+    manager, send = LogManager(), requests.Session.send
+    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.03)
+    monkeypatch.setattr("flows.output.UPLOAD_SECONDS", 60)  # a busy machine takes a while for so much
     monkeypatch.setattr("prefect.utilities.logging.LOG_MANAGER", manager)
     monkeypatch.setattr("flows.output.LOG_MANAGER", manager)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    with API() as api:
-        threading.Thread(target=api.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        settings: dict[str, Any] = {
-            "backend": "server",
-            "cloud.send_flow_run_logs": True,
-            "cloud.logging_heartbeat": 1,
-            "cloud.api": f"http://{api.server_name}",
-        }
-        settings["cloud.api"] += f":{api.server_port}"
-        with set_temporary_config(settings), prefect.context(running_with_backend=True, flow_run_id="r"):
-            yield api
-            api.up.set()
+
+    def see(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+        if request.url.startswith(api.url) and b"write_run_logs" in request.body:
+            uploads.sizes.append(len(request.body))
+            if uploads.down:
+                raise requests.ConnectionError("the API is down")
+        return send(session, request, **options)
+
+    settings = {"backend": "server", "cloud.send_flow_run_logs": True, "cloud.logging_heartbeat": 0.2}
+    with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
+        Client().create_project("demo")
+        flow_id = Client().register(Flow("logs"), project_name="demo", build=False, no_url=True)
+        uploads = Uploads(api.flow_runs[api.create_flow_run(flow_id)])
+        monkeypatch.setattr(requests.Session, "send", see)
+        with prefect.context(running_with_backend=True, flow_run_id=uploads.run.id):
+            yield uploads
             manager.stop()
-        api.shutdown()
 
 
-def flood(data: bytes, seconds: float, *last: Any) -> Iterator[Any]:
-    """Output as fast as it is taken, for some seconds."""
-    end, chunk = time.monotonic() + seconds, frame(1, data) * 10
-    while time.monotonic() < end:
-        yield chunk
-    yield frame(1, b"the end\n")
-    yield from last
-
-
-LINES = {"ASCII": b"x" * 1000, "Cyrillic": ("ж" * 500).encode(), "quotes": b'"' * 1000, "NUL": b"\0" * 1000}
-
-
-@pytest.mark.parametrize("alphabet", ["Cyrillic", "quotes", "NUL"])
-def test_an_upload_is_well_below_what_prefect_server_refuses(api: API, alphabet: str) -> None:
-    api.up.set()
+def run_container(*output: Any) -> None:
     with FakeDocker() as fake:
         fake.exited.clear()
-        fake.streams = [flood(LINES[alphabet] + b"\n", 2.5, fake.exited.set)]
+        fake.streams = [[*output, frame(1, b"the end\n"), fake.exited.set]]
         WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
-    wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
-    assert api.refused == []
-    assert max(api.sizes) < 3_500_000
-    output = "\n".join(api.messages)
-    assert "the end" in output
-    assert "lines dropped here" in output
 
 
-def test_containers_share_an_upload(api: API) -> None:
-    api.up.set()
+def megabytes(count: int, text: str) -> list[bytes]:
+    """Output in lines of 1000 bytes, faster than it can be logged."""
+    line = text.encode() * (1000 // len(text.encode())) + b"\n"
+    return [frame(1, line) * 1000] * count
 
-    def run() -> None:
-        with FakeDocker() as fake, prefect.context(context):
-            fake.exited.clear()
-            fake.streams = [flood(LINES["Cyrillic"] + b"\n", 2.5, fake.exited.set)]
-            WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
+
+def test_uploads_are_well_below_what_prefect_server_refuses(uploads: Uploads) -> None:
+    """Three containers write at once, in alphabets that take more bytes when they are sent."""
+
+    def run(text: str) -> None:
+        with prefect.context(context):
+            run_container(*megabytes(20, text))
 
     context = prefect.context.copy()
     with ThreadPoolExecutor() as pool:
-        for result in [pool.submit(run) for _ in range(3)]:
-            result.result()
-    wait_for(lambda: sum("exited with code 0" in message for message in api.messages) == 3, "the last logs arrived")
-    assert api.refused == []
-    assert max(api.sizes) < 4_000_000
+        list(pool.map(run, ("ж\U0001f40b", '"\\', "\0\x1b")))
+    wait_for(lambda: uploads.output().count("exited with code 0") == 3, "the last logs arrive", uploads.output)
+    assert max(uploads.sizes) < 4_000_000
+    assert uploads.output().count("\nthe end") == 3
+    assert "lines dropped here" in uploads.output()
 
 
-def test_an_api_that_is_down_while_the_container_writes(api: API, recwarn: pytest.WarningsRecorder) -> None:
-    """Memory is bounded, and when the API is back it is said what was dropped."""
-    process = psutil.Process()
+def test_an_api_that_is_down_while_the_container_writes(uploads: Uploads, recwarn: pytest.WarningsRecorder) -> None:
+    """Memory is bounded, and when the API is back the log says that lines were dropped."""
+    process, grown, uploads.down = psutil.Process(), list[int](), True
     before = process.memory_info().rss
-    with FakeDocker() as fake:
-        fake.exited.clear()
 
-        def back() -> None:
-            assert process.memory_info().rss - before < 64 << 20
-            api.up.set()
-            wait_for(lambda: api.messages, "the API takes logs")
+    def back() -> None:
+        wait_for(lambda: len(uploads.sizes) > 1, "the API was asked again")
+        grown.append(process.memory_info().rss - before)
+        uploads.down = False
+        wait_for(lambda: uploads.run.logs, "the API takes logs")
 
-        fake.streams = [flood(LINES["ASCII"] + b"\n", 4, back, frame(1, b"after it\n"), fake.exited.set)]
-        WaitOnContainer(docker_server_url=fake.url).run(container_id=ID)
-    wait_for(lambda: any("exited with code 0" in message for message in api.messages), "the last log has arrived")
-    assert api.refused, "it was down"
-    assert max(api.sizes) < 3_500_000
-    output = "\n".join(api.messages)
-    assert "lines dropped here" in output
-    assert "after it" in output
+    run_container(*megabytes(100, "x"), back, frame(1, b"after it\n"))
+    wait_for(lambda: "exited with code 0" in uploads.output(), "the last log arrives", uploads.output)
+    assert grown[0] < 64 << 20
+    assert max(uploads.sizes) < 3_500_000
+    assert "lines dropped here" in uploads.output()
+    assert "\nafter it\nthe end" in uploads.output()
