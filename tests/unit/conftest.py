@@ -1,7 +1,5 @@
 """Hermetic: no test here meets this machine's Docker, Kubernetes, Prefect settings, or the internet."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The flow: loaded as Prefect loads it, and clear about what went wrong."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

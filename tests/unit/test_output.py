@@ -1,7 +1,5 @@
 """Docker's stream taken apart, and a bound on what a run's logs get of it."""
 
-from __future__ import annotations
-
 import itertools
 import tracemalloc
 from collections.abc import Iterator
@@ -33,15 +31,14 @@ LONG = "語".encode() * 60_000
 def test_frames_are_found_wherever_the_stream_is_cut() -> None:
     for first, second in itertools.combinations_with_replacement(range(len(STREAM) + 1), 2):
         chunks = [STREAM[:first], STREAM[first:second], STREAM[second:]]
-        assert list(frames(chunks, tty=False)) == PARTS
-        assert list(frames(chunks, tty=True)) == [(OUT, chunk) for chunk in chunks], "a TTY has no frames"
+        assert list(frames(chunks)) == PARTS
 
 
 def test_frames_come_when_they_are_whole() -> None:
     chunks = iter([STREAM[:12], STREAM[12:]])
-    assert next(frames(chunks, tty=False)) == PARTS[0]
+    assert next(frames(chunks)) == PARTS[0]
     assert next(chunks) == STREAM[12:], "it has not been read"
-    assert list(frames([STREAM[:-1]], tty=False)) == PARTS[:-1], "the stream breaks off"
+    assert list(frames([STREAM[:-1]])) == PARTS[:-1], "the stream breaks off"
 
 
 def take_all(batch: Batch) -> list[tuple[int, str]]:

@@ -1,7 +1,5 @@
 """What a run's parameters may be, and what is said of others."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -52,7 +50,7 @@ def test_valid_parameters(parameters: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("image", "Prefect:1", "'Prefect:1'; give an image reference (name, name:tag, …)"),
+        ("image", "Prefect:1", "'Prefect:1'; give an image reference"),
         ("image", None, "None; give an image reference"),
         ("command", "sh -c 'echo", '"sh -c \'echo": No closing quotation'),
         ("command", ["sleep", 1], "['sleep', 1]; give a string, a list of words or null"),

@@ -83,7 +83,8 @@ def test_nothing_is_there(run: Run, nowhere: int) -> None:
     outcomes = ["fine", "wrong", "wrong", *["not checked"] * 6, "wrong", "not checked"]
     assert [outcome for outcome, _ in said.values()] == outcomes
     image = "gcr.io/dev/docker-on-k8s-flow:0.1.0"
-    assert said["settings"][1] == f"{image}, built from prefecthq/prefect:1.4.1-python3.10"
+    base = "prefecthq/prefect:1.4.1-python3.10"
+    assert said["settings"][1] == f"{image}, built from {base}; JOB_TEMPLATE=docker_sidecar"
     assert "Connection refused → start it, or choose another one: KUBECONFIG" in said["cluster"][1]
     assert said["namespace"][1] == "because of the cluster"
     assert said["Job"][1] == said["Secret"][1] == "because of the namespace"

@@ -1,14 +1,11 @@
 """The tasks on a fake of the Docker daemon's HTTP: what a real daemon cannot be brought to do, and what needs none."""
 
-from __future__ import annotations
-
 import inspect
 import json
 import logging
 import os
 import ssl
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,23 +29,6 @@ from tests.support.waiting import wait_for
 
 NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
 REQUIRED = dict(zip(NAMES, ("repository", "image_name", "container_id", "container_id", "container_id")))
-
-
-@pytest.fixture(autouse=True)
-def _settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):  # they would take the place of the daemon's certificates
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
-    for name in ("no_proxy", "NO_PROXY"):  # set first, so that monkeypatch restores what connect() sets
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeDocker]:
-    with FakeDocker() as fake:
-        yield fake
 
 
 def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
