@@ -81,7 +81,7 @@ class Pod:
     def exec(self, *command: str) -> str:
         """Run a command in the daemon's container."""
         try:
-            return self.node.run(shlex.join(["crictl", "exec", self.id, *command]))
+            return self.node.run(shlex.join(["crictl", "-t", "100s", "exec", self.id, *command]))
         except AssertionError as error:
             raise AssertionError(f"{error}\nThe daemon's log:\n{self.log()}") from None
 
@@ -96,7 +96,7 @@ class Pod:
         """The exit status of the daemon's container and the reason, when it has ended."""
 
         def status() -> Any:
-            return json.loads(self.node.run(f"crictl inspect {self.id}"))["status"]
+            return json.loads(self.node.run(f"crictl -t 100s inspect {self.id}"))["status"]
 
         wait_for(lambda: status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120)
         return status()["exitCode"], status()["reason"]
