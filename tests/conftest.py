@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import os
 import signal
-import tarfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -15,6 +13,7 @@ from typing import Any
 import docker
 import pytest
 from docker.models.containers import Container
+from docker.utils.build import create_archive
 
 from scripts import engine as scripts_engine
 from scripts import registry
@@ -71,13 +70,8 @@ def container(
 
 
 def tar(files: dict[str, bytes]) -> bytes:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as file:
-        for name, content in files.items():
-            entry = tarfile.TarInfo(name)
-            entry.size = len(content)
-            file.addfile(entry, io.BytesIO(content))
-    return archive.getvalue()
+    texts = [(name, content.decode()) for name, content in files.items()]
+    return bytes(create_archive("/", files=[], extra_files=texts).read())
 
 
 def login(password: str = "password") -> dict[str, str]:
@@ -112,17 +106,8 @@ def engine() -> Iterator[docker.DockerClient]:
             left.remove(force=True, v=True)
 
 
-def have(client: docker.DockerClient, *images: str) -> None:
-    for image in images:
-        try:
-            client.images.get(image)
-        except docker.errors.ImageNotFound:
-            client.images.pull(image)
-
-
 def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox", *changes: str) -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
-    have(client, DAEMON)
     with container(client, DAEMON, ["-c", BUSYBOX], entrypoint=["sh"]) as found:
         found.wait()
         output = found.logs(stderr=False)

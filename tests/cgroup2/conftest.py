@@ -18,18 +18,12 @@ from tests.cgroup2.machine import INNER, Node, built
 from tests.support.waiting import wait_for
 
 LIMIT = 300 << 20  # bytes: the memory of a daemon's container, in place of the templates' 4 GiB
-PRIVILEGED = {
-    "privileged": True,
-    "namespace_options": {"network": 2, "pid": 1},
-}  # the node's network, a container's pid
+# the node's network, and process ids of the container's own
+PRIVILEGED = {"privileged": True, "namespace_options": {"network": 2, "pid": 1}}
+# what kubelet sets for a burstable pod; memory.oom.group since Kubernetes 1.28, on cgroup v2
+RESOURCES = {"memory_limit_in_bytes": LIMIT, "oom_score_adj": 875, "unified": {"memory.oom.group": "1"}}
 LEFT = "find /sys/fs/cgroup -type d; ps -o args= --ppid=2 --pid=2 --deselect"
 _names = (f"run-{number}" for number in itertools.count())
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "tests/cgroup2/" in item.nodeid:
-            item.add_marker(pytest.mark.timeout(600))  # every instruction is emulated
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +41,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 class Pod:
     """A pod with the daemon of a template, and with a process on the node in place of the flow."""
 
-    def __init__(self, node: Node, template: str, command: list[str] | None = None) -> None:
+    def __init__(self, node: Node, template: str) -> None:
         self.node, self.name, self.before = node, next(_names), node.run(LEFT)
         self.cgroup = f"/kubepods/burstable/pod{self.name}"
         spec = load_job_template(template)["spec"]["template"]["spec"]
@@ -61,20 +55,12 @@ class Pod:
         container = {
             "metadata": {"name": "dind-daemon"},
             "image": {"image": f"docker.io/library/{DAEMON}"},
-            "command": command or daemon.get("command", []),
+            "command": daemon.get("command", []),
             "args": daemon.get("args", []),
             "envs": [{"key": variable["name"], "value": variable["value"]} for variable in daemon["env"]],
             "mounts": [{"container_path": inside, "host_path": folder} for inside, folder in mounts.items()],
             "log_path": "log",
-            "linux": {
-                "security_context": PRIVILEGED,
-                # what kubelet sets for a burstable pod; memory.oom.group since Kubernetes 1.28, on cgroup v2
-                "resources": {
-                    "memory_limit_in_bytes": LIMIT,
-                    "oom_score_adj": 875,
-                    "unified": {"memory.oom.group": "1"},
-                },
-            },
+            "linux": {"security_context": PRIVILEGED, "resources": RESOURCES},
         }
         node.run("mkdir -p " + " ".join([*mounts.values(), pod["log_directory"]]))
         for name, config in (("pod", pod), ("container", container)):
@@ -95,7 +81,7 @@ class Pod:
     def exec(self, *command: str) -> str:
         """Run a command in the daemon's container."""
         try:
-            return self.node.run(shlex.join(["crictl", "exec", self.id, *command]))
+            return self.node.run(shlex.join(["crictl", "-t", "100s", "exec", self.id, *command]))
         except AssertionError as error:
             raise AssertionError(f"{error}\nThe daemon's log:\n{self.log()}") from None
 
@@ -103,19 +89,14 @@ class Pod:
         """Run shell commands in the daemon's container, which has the Docker client."""
         return self.exec("sh", "-euc", script)
 
-    def cgroup_of_sleeper(self) -> str:
-        """The cgroup of the container that runs in the daemon, as the node sees it."""
-        return self.node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
-
     def log(self) -> str:
         return self.node.run(f"tail -n 40 /var/log/pods/{self.name}/log")
 
     def ended(self) -> tuple[int, str]:
         """The exit status of the daemon's container and the reason, when it has ended."""
 
-        def status() -> dict[str, Any]:
-            found: dict[str, Any] = json.loads(self.node.run(f"crictl inspect {self.id}"))["status"]
-            return found
+        def status() -> Any:
+            return json.loads(self.node.run(f"crictl -t 100s inspect {self.id}"))["status"]
 
         wait_for(lambda: status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120)
         return status()["exitCode"], status()["reason"]

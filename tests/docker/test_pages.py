@@ -1,4 +1,4 @@
-"""The pages' examples that need a Docker daemon, and no cluster."""
+"""The pages' examples and sessions that need a Docker daemon, and no cluster."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import docker
 import pytest
 
+from flows.settings import PROJECT
 from scripts.base import DAEMON, PREFECT
 from scripts.registry import push, registry_address
 from tests.conftest import busybox, container
-from tests.docker.conftest import Outcome, private_network, run_daemon
-from tests.support.pages import example
-
-FlowRun = Callable[..., Outcome]
+from tests.docker.conftest import FlowRun, private_network, run_daemon
+from tests.support.pages import console, example
 
 PROXY = """
 import http.client, http.server, sys
@@ -40,13 +38,25 @@ http.server.ThreadingHTTPServer(("", 3128), Handler).serve_forever()
 """
 
 
-def test_parameters(flow_run: FlowRun, image: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("engine")
+def test_make_run_looks_like_this(capfd: pytest.CaptureFixture[str]) -> None:
+    sessions = [(command, output) for command, output in console().items() if output and "make run" in command]
+    assert sessions
+    for command, output in sessions:
+        subprocess.run(["bash", "-c", command], cwd=PROJECT, check=True)
+        printed = capfd.readouterr().out
+        said = iter(re.sub(r"^\[\d.*?\]", "[…]", line) for line in printed.splitlines())  # without the time
+        for line in output:
+            assert line in said, f"not there, or not in this order: {line}\n{printed}"
+
+
+def test_parameters(flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "the flow's own")
     outcomes = []
     for line in example("parameters").splitlines():
         [_, pair] = shlex.split(line, comments=True)
         name, _, value = pair.partition("=")
-        run = flow_run(**{"image": image, "command": "env", name: json.loads(value)})
+        run = flow_run(**{"command": "env", name: json.loads(value)})
         outcomes.append((run.state.message, run.output("INFO")))
     assert "exited with code 3" in outcomes[0][0]
     assert outcomes[1][1].endswith("ONE")
@@ -75,9 +85,7 @@ def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
 
 
 @pytest.mark.usefixtures("current_docker")
-def test_a_proxy_that_is_really_used(
-    flow_run: FlowRun, engine: docker.DockerClient, on: Callable[[str], None], tmp_path: Path
-) -> None:
+def test_a_proxy_that_is_really_used(flow_run: FlowRun, engine: docker.DockerClient, tmp_path: Path) -> None:
     """With the daemon.json of the page; only the proxy knows where the mirror is."""
     path = push(engine, busybox(engine), "tests/busybox:1")
     with private_network(engine) as network:
@@ -87,8 +95,8 @@ def test_a_proxy_that_is_really_used(
             text = example("daemon-json").replace("proxy.example.com", address)
             (tmp_path / "daemon.json").write_text(text.replace("https://mirror.example.com", "http://mirror.invalid"))
             with run_daemon(engine, network, volumes={str(tmp_path): {"bind": "/etc/docker"}}) as daemon:
-                on(daemon.url)
-                run = flow_run(image=path, command=["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"])
+                show = ["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"]
+                run = flow_run(on=daemon.url, image=path, command=show)
             assert run.state.is_successful(), run.state
             assert run.output("INFO").startswith("1400")
             assert "192.168.200." in run.output("INFO")

@@ -31,14 +31,16 @@ def test_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
     assert not can_pull(daemon, "docker-sidecar-tests/not-there:1")
 
 
-def test_make_run_behind_a_proxy(sidecar: Daemon, image: str) -> None:
+def python(*arguments: str, **environment: str) -> None:
+    """Run Python in the project's folder, successfully."""
+    subprocess.run([sys.executable, *arguments], cwd=PROJECT, env={**os.environ, **environment}, check=True)
+
+
+def test_make_run_behind_a_proxy(sidecar: Daemon, image: str, capfd: pytest.CaptureFixture[str]) -> None:
     """The engine on the loopback interface is not asked for through the proxy."""
     proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9", "no_proxy": ".corp"}
-    environment = {**os.environ, **proxy, "DOCKER_HOST": sidecar.url, "IMAGE": image, "COMMAND": "echo no proxy"}
-    command = [sys.executable, "-m", "scripts.run"]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "| no proxy" in done.stdout
+    python("-m", "scripts.run", **proxy, DOCKER_HOST=sidecar.url, IMAGE=image, COMMAND="echo no proxy")
+    assert "| no proxy" in capfd.readouterr().out
 
 
 def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path: Path) -> None:
@@ -46,11 +48,8 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
     (tmp_path / "in").write_text("from here\n")
     name = busybox(engine, "docker-sidecar-tests:workspace")
     image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/workspace:1')}"
-    environment = {**os.environ, "IMAGE": image, "COMMAND": "cp /workspace/in /workspace/out"}
-    environment["HOST_CONFIG"] = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
-    command = [sys.executable, "-m", "scripts.run"]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    binds = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
+    python("-m", "scripts.run", IMAGE=image, COMMAND="cp /workspace/in /workspace/out", HOST_CONFIG=binds)
     assert (tmp_path / "out").read_text() == "from here\n"
 
 
@@ -60,11 +59,8 @@ def test_a_base_image_with_a_user_of_its_own(engine: docker.DockerClient) -> Non
     provide(engine, ALL_PREFECT[1])
     text = f"FROM {ALL_PREFECT[1]}\nRUN useradd app\nUSER app\n"
     engine.images.build(fileobj=io.BytesIO(text.encode()), tag=base, rm=True)
-    environment = {**os.environ, "FLOW_BASE_IMAGE": base, "FLOW_REGISTRY_URL": "localhost", "FLOW_IMAGE_NAME": name}
     script = "from flows.docker_sidecar import flow; flow.storage.add_flow(flow); flow.storage.build(push=False)"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    python("-c", script, FLOW_BASE_IMAGE=base, FLOW_REGISTRY_URL="localhost", FLOW_IMAGE_NAME=name)
     flow = f"localhost/{name}:0.1.0"
     try:
         load = ["python", "-c", "from flows.docker_sidecar import flow; print(flow.name)"]

@@ -1,9 +1,10 @@
-"""The default template's two containers, run as a pod would run them, and daemons that fail."""
+"""Containers of docker_sidecar and kept_layers, run as a pod would run them, on a volume of the engine."""
 
 from __future__ import annotations
 
-import threading
+import json
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import docker
@@ -11,217 +12,146 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from scripts.base import DAEMON
-from scripts.registry import push
-from tests.conftest import LABELS, PREFECT, busybox, container, tar
-from tests.docker.conftest import Outcome, daemon_with_mirror
+from tests.conftest import LABELS, PREFECT, tar
+from tests.docker.conftest import sh
 from tests.support.waiting import wait_for
 
 FLOW, SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"]
-ASK = "import docker; d = docker.from_env(); print(d.info()['OSType'], d.info()['Labels'])"
-WAIT = """import docker, time
-while True:
-    try: docker.from_env().ping(); break
-    except docker.errors.DockerException: time.sleep(0.1)
-"""  # as the flow's first task does
+FLOW |= {"image": PREFECT, "args": ["true"]}  # what the Agent fills in
+DEAF = {  # a daemon that does not heed SIGTERM
+    "dockerd-entrypoint.sh dockerd": """sh -c "trap '' TERM; while :; do sleep 1; done" """,
+    "timeout 15": "timeout 1",
+}
+KEPT = load_job_template("kept_layers")["spec"]["template"]["spec"]["initContainers"][0]
+KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale --volume stale:/v kept:1 true"
+IMAGES = "docker image ls --format '{{.Repository}}'"
 
-
-class Pod:
-    """Two containers with a network and a lock in common."""
-
-    def __init__(self, engine: docker.DockerClient) -> None:
-        self.engine = engine
-        self.alive = engine.volumes.create(labels=LABELS).name
-        self.containers: list[Container] = []
-
-    def remove(self) -> None:
-        for found in reversed(self.containers):
-            found.remove(force=True, v=True)
-        self.engine.volumes.get(self.alive).remove()
-
-    def _start(
-        self, image: str, spec: dict[str, Any], args: list[str], edits: dict[str, str], files: dict[str, str],
-        **options: Any,
-    ) -> Container:  # fmt: skip
-        command = spec["command"]
-        for old, new in edits.items():
-            assert any(old in word for word in command), f"{old!r} is no longer in the template"
-            command = [word.replace(old, new) for word in command]
-        container = self.engine.containers.create(
-            image,
-            args,
-            entrypoint=command,
-            environment={entry["name"]: entry["value"] for entry in spec["env"]},
-            labels=LABELS,
-            volumes={self.alive: {"bind": "/alive"}},
-            **options,
-        )
-        self.containers.append(container)
-        for path, content in files.items():
-            container.put_archive("/", tar({path: content.encode()}))
-        container.start()
-        return container
-
-    def sidecar(self, edits: dict[str, str] | None = None, files: dict[str, str] | None = None) -> Container:
-        return self._start(DAEMON, SIDECAR, [], edits or {}, files or {}, privileged=True)
-
-    def flow(self, *command: str, beside: Container) -> Container:
-        return self._start(PREFECT, FLOW, list(command), {}, {}, network_mode=f"container:{beside.id}")
-
-    def ready(self, **options: Any) -> Container:
-        """A sidecar whose daemon answers."""
-        sidecar = self.sidecar(**options)
-        wait_for(lambda: sidecar.exec_run(["docker", "version"]).exit_code == 0, "dockerd answers", sidecar.logs, 60)
-        return sidecar
-
-
-def end(container: Container, within: float) -> tuple[int, str]:
-    """The exit code of a container that has to end within some seconds, and what it wrote."""
-
-    def ended() -> bool:
-        container.reload()
-        return bool(container.status == "exited")
-
-    wait_for(ended, f"{container.attrs['Config']['Entrypoint']} ends", container.logs, within)
-    return container.attrs["State"]["ExitCode"], container.logs().decode()
-
-
-def sh(container: Container, command: str) -> str:
-    code, output = container.exec_run(["sh", "-euc", command])
-    assert code == 0, output.decode()
-    return str(output.decode().strip())
+Start = Callable[..., Container]
 
 
 @pytest.fixture
-def pod(engine: docker.DockerClient) -> Iterator[Pod]:
-    found = Pod(engine)
-    yield found
-    found.remove()
+def start(engine: docker.DockerClient) -> Iterator[Start]:
+    """Start a container of a template, with its hook as kubelet would. All containers of a test share a volume."""
+    volume, started, pool = engine.volumes.create(labels=LABELS), list[Container](), ThreadPoolExecutor()
+
+    def start(spec: dict[str, Any], edits: dict[str, str] | None = None, daemon_json: str = "") -> Container:
+        text = json.dumps(spec)
+        for old, new in (edits or {}).items():
+            assert old in text, f"{old!r} is no longer in the template"
+            text = text.replace(old, json.dumps(new)[1:-1])
+        spec = json.loads(text)
+        container = engine.containers.create(
+            spec["image"],
+            spec.get("args"),
+            entrypoint=spec["command"],
+            environment={entry["name"]: entry["value"] for entry in spec["env"]},
+            labels=LABELS,
+            privileged=spec["securityContext"].get("privileged", False),
+            volumes=[f"{volume.name}:/alive", f"{volume.name}:/store"],
+            tmpfs={"/run/dind": ""},
+        )
+        started.append(container)
+        if daemon_json:
+            container.put_archive("/", tar({"etc/docker/daemon.json": daemon_json.encode()}))
+        container.start()
+        if "lifecycle" in spec:
+            container.hook = pool.submit(container.exec_run, spec["lifecycle"]["postStart"]["exec"]["command"])
+        return container
+
+    yield start
+    for container in started:
+        container.remove(force=True, v=True)
+    pool.shutdown()
+    volume.remove()
 
 
-def test_the_daemon_ends_with_the_flow(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    code, output = end(pod.flow("python", "-c", f"{WAIT}{ASK}; raise SystemExit(5)", beside=sidecar), 60)
-    assert code == 5
-    assert "linux" in output
-    code, output = end(sidecar, 20)
-    assert code == 0
-    assert "Daemon shutdown complete" in output
+def ready(container: Container) -> Container:
+    """A daemon whose hook has ended, as it is when the flow starts."""
+    container.hook.result()
+    assert container.exec_run(["docker", "version"]).exit_code == 0, container.logs().decode()
+    return container
 
 
-@pytest.mark.parametrize("signal", ["SIGKILL", "SIGTERM"])
-def test_the_flow_is_killed(pod: Pod, signal: str) -> None:
-    sidecar = pod.ready()
-    flow = pod.flow("sh", "-c", "echo up; exec sleep 300", beside=sidecar)
-    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    flow.kill(signal)
-    assert end(flow, 10)[0] == {"SIGKILL": 137, "SIGTERM": 143}[signal]
-    assert end(sidecar, 20)[0] == 0
+def end(container: Container, within: float = 20) -> tuple[int, str]:
+    """The exit code of a container that has to end within some seconds, and what it wrote."""
+    wait_for(lambda: container.reload() or container.status == "exited", "the container ends", container.logs, within)
+    return container.attrs["State"]["ExitCode"], container.logs().decode()
 
 
-def test_sigint_reaches_the_flow(pod: Pod) -> None:
-    """Prefect cancels a run with SIGINT, which a shell's background processes ignore."""
-    interrupt = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
-    code, output = end(pod.flow("python", "-c", interrupt, beside=pod.sidecar()), 30)
-    assert code != 0
-    assert "KeyboardInterrupt" in output
+@pytest.mark.parametrize("edits", [{}, DEAF], ids=["before the daemon is up", "deaf daemon"])
+def test_a_flow_that_ends_at_once(start: Start, edits: dict[str, str]) -> None:
+    sidecar = start(SIDECAR, edits)
+    end(start(FLOW), 10)
+    assert end(sidecar)[0] == 0, "the Job is complete"
 
 
-def test_a_flow_that_ends_before_the_daemon_is_up(pod: Pod) -> None:
-    sidecar = pod.sidecar()
-    end(pod.flow("true", beside=sidecar), 10)
-    assert end(sidecar, 20)[0] == 0, "the Job is complete"
-
-
-def test_a_flow_that_cannot_start(pod: Pod) -> None:
+def test_a_flow_that_cannot_start(start: Start) -> None:
     """As with an image of another architecture, or without flock: no lock is taken. Here the limit is 2 s."""
-    sidecar = pod.sidecar(edits={"timeout 100": "timeout 2"})
-    assert end(sidecar, 20)[0] != 0, "the pod fails, and the Agent fails the run"
+    assert end(start(SIDECAR, {"timeout 100": "timeout 2"}))[0] != 0, "the pod fails, and the Agent fails the run"
 
 
-def test_sigterm_to_the_sidecar_while_the_flow_runs(pod: Pod) -> None:
-    """As when the pod is deleted: dockerd goes on until the flow has stopped its container."""
-    sidecar = pod.ready()
-    ask = "import docker; print(docker.from_env().ping())"
-    stop = f"""trap 'sleep 1; python -c "{ask}"; exit' TERM; echo up; while :; do sleep 0.1; done"""
-    flow = pod.flow("sh", "-c", stop, beside=sidecar)
-    wait_for(lambda: b"up" in flow.logs(), "the flow runs", sidecar.logs)
-    sidecar.kill("SIGTERM")
-    flow.kill("SIGTERM")
-    assert "True" in end(flow, 8)[1]
-    assert end(sidecar, 20)[0] == 0
-
-
-def test_a_daemon_that_does_not_heed_sigterm(pod: Pod) -> None:
-    deaf = """sh -c "trap '' TERM; while :; do sleep 1; done" """
-    sidecar = pod.sidecar(edits={"dockerd-entrypoint.sh dockerd": deaf, "timeout 15": "timeout 1"})
-    end(pod.flow("true", beside=sidecar), 10)
-    end(sidecar, 20)
-
-
-def test_a_daemon_that_cannot_start(pod: Pod) -> None:
-    """The flow gives up after 60 s, here at once. Then the pod fails, with the daemon's last words."""
-    sidecar = pod.sidecar(files={"etc/docker/daemon.json": '{"mtu": '})
-    why = "unable to configure the Docker daemon with file /etc/docker/daemon.json"
+def test_daemon_json_cannot_open_the_daemon(start: Start) -> None:
+    """The daemon does not start. The flow gives up, and the pod fails with the daemon's last words."""
+    sidecar = start(SIDECAR, daemon_json='{"hosts": ["tcp://0.0.0.0:2375"]}')
+    why = "specified both as a flag and in the configuration file: hosts"
     wait_for(lambda: why.encode() in sidecar.logs(), "dockerd says why", sidecar.logs)
-    end(pod.flow("true", beside=sidecar), 10)
-    code, output = end(sidecar, 20)
+    end(start(FLOW), 10)
+    code, output = end(sidecar)
     assert code != 0
     assert output.count(why) == 1
 
 
-def test_daemon_json_is_read_but_cannot_open_the_daemon(pod: Pod) -> None:
-    sidecar = pod.ready(files={"etc/docker/daemon.json": '{"labels": ["who=us"]}'})
-    assert "who=us" in sh(sidecar, "docker info --format '{{.Labels}}'")
-    sidecar = pod.sidecar(files={"etc/docker/daemon.json": '{"hosts": ["tcp://0.0.0.0:2375"]}'})
-    why = b"specified both as a flag and in the configuration file: hosts"
-    wait_for(lambda: why in sidecar.logs(), "dockerd says why", sidecar.logs)
+def test_layers_outlive_the_pod_and_its_sudden_death(start: Start) -> None:
+    first = ready(start(KEPT))
+    sh(first, f"{KEEP}; docker network create stale; docker volume create named")
+    first.kill("SIGKILL")
+    second = ready(start(KEPT))
+    assert sh(second, IMAGES) == "kept"
+    left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
+    assert sh(second, left) == "", "what the first one left is gone before the flow starts"
+    second.kill("SIGTERM")
+    code, output = end(second)
+    assert code == 0
+    assert "Daemon shutdown complete" in output
+    third = ready(start(KEPT))
+    assert sh(third, IMAGES) == "kept"
+    third.kill("SIGKILL")
+    assert sh(ready(start(KEPT, {"-le 80": "-lt 0"})), IMAGES) == "", "the disk is nearly full"
 
 
-def test_the_port_is_closed_to_other_pods(pod: Pod) -> None:
-    sidecar = pod.ready()
-    sidecar.reload()
-    [network] = sidecar.attrs["NetworkSettings"]["Networks"].values()
-    ask = ["docker", "--host", f"tcp://{network['IPAddress']}:2375", "version"]
-    with container(pod.engine, DAEMON, ask, entrypoint=[]) as other:
-        assert other.wait()["StatusCode"] == 1
-        assert b"Cannot connect to the Docker daemon" in other.logs()
+def test_daemons_at_once_have_a_slot_each_while_there_are_slots(start: Start) -> None:
+    daemons = [ready(start(KEPT, {"0 1 2 3 4 5 6 7": "0 1"})) for _ in range(3)]
+    roots = [sh(each, "docker info --format '{{.DockerRootDir}}'") for each in daemons]
+    assert roots == ["/store/0", "/store/1", "/var/lib/docker"]
+    assert b"no layers are kept" in daemons[2].logs()
 
 
-# Daemons that fail under the flow
+def test_a_store_that_dockerd_cannot_use_is_set_aside(start: Start) -> None:
+    first = ready(start(KEPT))
+    sh(first, f"{KEEP}; echo broken >/store/0/network/files/local-kv.db")
+    first.kill("SIGKILL")
+    second = ready(start(KEPT))
+    assert sh(second, IMAGES) == ""
+    assert sh(second, "ls -d /store/0.broken/network") == "/store/0.broken/network"
+    assert b"set aside as /store/0.broken" in second.logs()
 
 
-def test_daemon_dies_during_the_wait(
-    flow_run: Callable[..., Outcome],
-    engine: docker.DockerClient,
-    on: Callable[[str], None],
-    logs: list[tuple[str, str, str]],
-) -> None:
-    with daemon_with_mirror(engine) as daemon:
-        image = push(engine, busybox(engine), "tests/busybox:1")  # to the daemon's mirror
-        on(daemon.url)
-
-        def kill() -> None:
-            wait_for(lambda: any(text == "up" for _, _, text in logs), "the container runs", lambda: logs)
-            daemon.container.kill()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        run = flow_run(image=image, command=["sh", "-c", "echo up; sleep 300"])
-        killer.join()
-    assert run.state.is_failed()
-    assert f"the Docker daemon at {daemon.url} does not answer" in run.state.message
-    assert f"(image {image})" in run.state.message
-    assert run.tasks["GetContainerLogs"].is_skipped()
+def test_what_does_not_touch_the_store(start: Start) -> None:
+    """A daemon that dies in mid-run, a configuration that dockerd refuses, and SIGTERM while dockerd starts."""
+    first = ready(start(KEPT))
+    sh(first, f"{KEEP}; kill -9 $(pidof dockerd)")
+    end(first)
+    refused = start(KEPT, daemon_json='{"mtu": ')
+    assert "unable to configure the Docker daemon with file /etc/docker/daemon.json" in end(refused)[1]
+    slow = start(KEPT, {"dockerd-entrypoint.sh dockerd": 'sh -c "exec sleep 300"'})
+    wait_for(lambda: b"configuration OK" in slow.logs(), "it starts", slow.logs)
+    slow.kill("SIGTERM")
+    end(slow)
+    assert sh(ready(start(KEPT)), IMAGES) == "kept"
 
 
-@pytest.mark.usefixtures("current_docker")
-def test_no_disk_space_for_the_image(
-    flow_run: Callable[..., Outcome], engine: docker.DockerClient, on: Callable[[str], None]
-) -> None:
-    with daemon_with_mirror(engine, tmpfs={"/var/lib/docker": "size=48m"}) as daemon:
-        on(daemon.url)
-        run = flow_run(image=PREFECT, command="true")
-    assert run.state.is_failed()
-    assert "no space left on device" in run.state.message
-    assert not run.naming("retry")
+def test_the_hook_has_a_limit(start: Start) -> None:
+    """A daemon that hangs, here for the hook alone: the flow starts all the same, and says what is wrong."""
+    hung = start(KEPT, {"timeout 60": "timeout 1", "until docker info": "until false"})
+    hung.hook.result(timeout=20)
+    sh(hung, "ls /hook")
