@@ -23,7 +23,7 @@ UPLOAD_SECONDS = 10  # how long the last output waits for Prefect's next upload 
 UPLOAD_BYTES = 2_500_000  # at most in an upload, as sent; over 5 MB, Prefect Server refuses it and all later ones
 WAITING_BYTES = 5 << 18  # of output that waits for an upload; more is dropped, from the middle
 BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
-LINE_LENGTH = 1 << 16  # a line is broken that is longer
+LINE_LENGTH = 1 << 16  # bytes; a longer line is broken
 STDOUT, STDERR, SYSTEM = 1, 2, 3  # Docker's numbers of the streams; SYSTEM says what is wrong with the output
 Output = Iterator[tuple[int, bytes]]  # pieces, each with the number of its stream
 
@@ -175,8 +175,7 @@ class Watch:
                     pairs: Any = client.attach(container_id, stream=True, demux=True)
                     for pair in itertools.takewhile(lambda _: not self._fast, pairs):
                         for stream, data in zip((STDOUT, STDERR), pair):
-                            line = self._bars.get(stream, b"") + (data or b"")
-                            self._bars[stream] = line.rpartition(b"\n")[2][-BLOCK:]
+                            self._bars[stream] = (self._bars.get(stream, b"") + (data or b"")).rpartition(b"\n")[2][-BLOCK:]
                     pairs.close()
                 self._bars.clear()
 

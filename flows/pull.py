@@ -40,8 +40,7 @@ class Pull(threading.Thread):
         self.outcome, self.login_fault, self.heard = "", "", time.monotonic()  # heard: when the last event came
         self.error: Any = None
         self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
-        self._layers: dict[str, str] = {}  # id: status
-        self._received: dict[Any, float] = {}  # id: bytes
+        self._layers, self._received = dict[str, str](), dict[Any, float]()  # by id, the status and the bytes
 
     def run(self) -> None:
         """Pull, and add the events."""

@@ -181,6 +181,8 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             with suppress(*ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
             watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
+            if isinstance(error, ERRORS):
+                raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
             raise
         code, reason = watch.result.get("StatusCode"), (watch.result.get("Error") or {}).get("Message")
         if rest["raise_on_exit_code"] and (reason or code):

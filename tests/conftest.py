@@ -1,7 +1,5 @@
 """What the tests on a real Docker daemon and those on a real cluster share."""
 
-from __future__ import annotations
-
 import base64
 import os
 import signal

@@ -1,7 +1,5 @@
 """Pods with the daemon's container of a job template, started through containerd's CRI as kubelet would."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import shlex

@@ -1,7 +1,5 @@
 """A virtual machine with cgroup v2: the cluster tests' node with Debian's kernel, containerd and no kubelet."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import shutil

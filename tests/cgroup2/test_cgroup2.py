@@ -1,7 +1,5 @@
 """On a node with cgroup v2, what the daemon starts counts to the pod, and ends with it."""
 
-from __future__ import annotations
-
 import pytest
 
 from flows.settings import JOB_TEMPLATES

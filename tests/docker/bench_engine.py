@@ -1,7 +1,5 @@
 """What a run costs on this machine's engine: `make bench` runs this, `make test` does not."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Docker daemons as the job templates have them, a registry that a daemon can reach, and flow runs in this process."""
 
-from __future__ import annotations
-
 import logging
 import re
 import uuid

@@ -1,7 +1,5 @@
 """The pages' examples and sessions that need a Docker daemon, and no cluster."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """What `make run` finds on a machine: a proxy, an engine with a mirror, a registry that starts again, a bad dockerd."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

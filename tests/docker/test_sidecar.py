@@ -1,7 +1,5 @@
 """Containers of docker_sidecar and kept_layers, run as a pod would run them, on a volume of the engine."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -3,8 +3,6 @@
 Figures that are compared are measured in turn, in one run, so that a slow moment of the machine meets all of them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median

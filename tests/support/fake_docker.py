@@ -3,8 +3,6 @@
 It has one container. A test says what the daemon answers: the events of a pull, the streams of output, the exit.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import struct
@@ -44,7 +42,7 @@ class FakeDocker(ThreadingHTTPServer):
         self.gone = False  # whether the container has been removed
         self.closing = threading.Event()
 
-    def __enter__(self) -> FakeDocker:
+    def __enter__(self) -> "FakeDocker":
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self
 

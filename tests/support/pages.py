@@ -1,7 +1,5 @@
 """The commands and examples of all pages, for the tests that run them."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from typing import Any

@@ -9,8 +9,6 @@ Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that
 PostgreSQL refuse. Its services do their work when a test says so.
 """
 
-from __future__ import annotations
-
 import json
 import operator
 import os
@@ -169,7 +167,7 @@ class Run:
 
 @dataclass(eq=False)
 class TaskRun(Run):
-    flow_run: FlowRun = field(repr=False)
+    flow_run: "FlowRun" = field(repr=False)
     task: SimpleNamespace
     map_index: int = -1
     name: str | None = None
@@ -386,7 +384,7 @@ class PrefectAPI(ThreadingHTTPServer):
         self.flow_runs = self._store.flow_runs
         self._lock = threading.Lock()  # requests are answered one at a time
 
-    def __enter__(self) -> PrefectAPI:
+    def __enter__(self) -> "PrefectAPI":
         threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()  # so long shutdown() may take
         return self
 

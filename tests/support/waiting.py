@@ -1,7 +1,5 @@
 """Waiting for a condition, and saying what was seen when it does not come."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import TypeVar
