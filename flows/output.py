@@ -5,7 +5,7 @@ import itertools
 import json
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -145,7 +145,7 @@ class Watch:
     def __init__(self, client: docker.APIClient, url: str, container_id: str, tty: bool, options: Any) -> None:
         self.result: Any = None  # of the wait: Docker's answer, or an error
         self._batch, self._fast = Batch(), False  # fast: the output is too much to look at it twice
-        self._bars: dict[int, bytes] = {}  # by stream, the line that has not ended
+        self._bars: dict[int, bytes] = defaultdict(bytes)  # by stream, the line that has not ended
         self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
         self._heard = time.monotonic()  # when the last output came, or the exit
 
@@ -175,7 +175,7 @@ class Watch:
                     pairs: Any = client.attach(container_id, stream=True, demux=True)
                     for pair in itertools.takewhile(lambda _: not self._fast, pairs):
                         for stream, data in zip((STDOUT, STDERR), pair):
-                            self._bars[stream] = (self._bars.get(stream, b"") + (data or b"")).rpartition(b"\n")[2][-BLOCK:]
+                            self._bars[stream] = (self._bars[stream] + (data or b"")).rpartition(b"\n")[2][-BLOCK:]
                     pairs.close()
                 self._bars.clear()
 
