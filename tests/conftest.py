@@ -13,13 +13,14 @@ import pytest
 from docker.models.containers import Container
 from docker.utils.build import create_archive
 
+# A developer's own settings take no part. Prefect reads these when the scripts import it, so no fixture can set them.
+os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
+
 from scripts import engine as scripts_engine
 from scripts import registry
 from scripts.base import DAEMON, REGISTRY_IMAGE
 from tests.support.waiting import wait_for
 
-# A developer's own settings take no part. Prefect reads these when it is imported, so no fixture can set them.
-os.environ["PREFECT__USER_CONFIG_PATH"] = os.environ["PREFECT__BACKEND_CONFIG_PATH"] = os.devnull
 # Under `make test &` SIGINT is ignored, and stays so in what is started from here; but runs are cancelled by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
