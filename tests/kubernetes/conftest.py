@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shlex
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import docker
@@ -24,18 +27,27 @@ import pytest
 import urllib3
 from prefect.run_configs import KubernetesRun
 
-from flows.settings import PROJECT, load_job_template
+from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from scripts import cluster, registry
 from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
+Template = dict[str, Any]
+Submit = Callable[..., "Run"]
 NAMESPACE = SESSION
 SMALL_IMAGE = "tests/busybox:1"
+TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
+FOREVER = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; sleep 600 & wait"]
 KUBECTL = f"""#!/bin/sh
 exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
 """
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        config.option.dist = "loadgroup"  # a worker takes the next test when it has ended one; groups stay together
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,6 +56,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("kubernetes")
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(400))
+    # what may take longest starts first
+    items.sort(key=lambda item: max((mark.args[0] for mark in item.iter_markers("timeout")), default=0), reverse=True)
 
 
 @dataclass
@@ -118,13 +132,81 @@ class Namespace:
         return "\n".join(lines)
 
 
+def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environment: str) -> str:
+    """Run a script with the programs of .venv, and return what it writes."""
+    path = f"{os.environ.get('DOCKER_SIDECAR_TESTS', '')}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd,
+        env={**os.environ, "PATH": path, **environment},
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def replaced(text: str, instead: Mapping[str, str]) -> str:
+    for old, new in instead.items():
+        text = text.replace(old, new)
+    return text
+
+
+@contextmanager
+def prefect_api(client: docker.DockerClient) -> Iterator[PrefectAPI]:
+    """A Prefect API on an address of this machine that pods reach as well."""
+    gateway = client.networks.get(cluster.NETWORK).attrs["IPAM"]["Config"][0]["Gateway"]
+    with PrefectAPI(host=gateway) as found:
+        ask = ["bash", "-c", f"</dev/tcp/{gateway}/{found.server_port}"]
+        status, output = client.containers.get(cluster.NODE).exec_run(ask)
+        assert status == 0, f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
+        yield found
+    assert not found.errors
+
+
+class Readme:
+    """Runs commands of the pages as a user does, but on what is there for the tests."""
+
+    def __init__(self, api: PrefectAPI) -> None:
+        self.names = {
+            "http://your-server:4200": api.url,
+            "registry.example.com/team/": f"{registry.REGISTRY}/",
+            "namespace flows": f"namespace {NAMESPACE}",
+            "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
+        }
+
+    def __call__(self, start: str, instead: Mapping[str, str] | None = None) -> str:
+        """Run the one command that starts like this."""
+        exports = [command for command in commands() if command.startswith("export ")]
+        script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
+        script = replaced(script, {**self.names, **(instead or {})})
+        # with a tag that the node has not pulled
+        own = {"HOME": os.environ["DOCKER_SIDECAR_TESTS"], "FLOW_IMAGE_TAG": SESSION}
+        return shell(script, KUBECONFIG=str(cluster.KUBECONFIG), **own)
+
+
 @contextmanager
 def clustered() -> Iterator[docker.DockerClient]:
-    """The engine with the cluster, and a small image in its registry. Asked for and not to be had is a failure."""
-    with provided() as client:
+    """The engine with the cluster, a small image in its registry, and a home folder with the flow as registered once.
+
+    Asked for and not to be had is a failure.
+    """
+    with provided() as client, TemporaryDirectory() as home:
         was_up = bool(cluster.node_of(client))
         cluster.up(client)
         registry.push(client, busybox(client), SMALL_IMAGE)
+        os.environ["DOCKER_SIDECAR_TESTS"] = home
+        kubectl = Path(home, "kubectl")  # each node image has one, a machine may not
+        kubectl.write_text(KUBECTL)
+        kubectl.chmod(0o755)
+        with prefect_api(client) as api:
+            readme = Readme(api)
+            readme("prefect backend server")
+            readme("prefect create project")
+            readme("prefect register")
+            Path(home, "registered").write_bytes(pickle.dumps([*api.flows.values()]))
         yield client
         if not was_up:
             cluster.down(client)
@@ -145,77 +227,38 @@ def engine(engine: docker.DockerClient) -> Iterator[docker.DockerClient]:
 
 @pytest.fixture(scope="session")
 def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
-    """The Prefect API, on an address of this machine that pods reach as well."""
-    gateway = engine.networks.get(cluster.NETWORK).attrs["IPAM"]["Config"][0]["Gateway"]
-    with PrefectAPI(host=gateway) as found:
-        ask = ["bash", "-c", f"</dev/tcp/{gateway}/{found.server_port}"]
-        status, output = engine.containers.get(cluster.NODE).exec_run(ask)
-        assert status == 0, f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
+    """A Prefect API of this process, in which the flow is registered."""
+    with prefect_api(engine) as found:
+        [flow] = pickle.loads(Path(os.environ["DOCKER_SIDECAR_TESTS"], "registered").read_bytes())
+        found.flows[flow.id] = flow
+        found._store.project.append(flow.project)
         yield found
-    assert not found.errors
 
 
 @pytest.fixture(scope="session")
-def prefect(api: PrefectAPI, engine: docker.DockerClient) -> Callable[..., str]:
-    """The Prefect CLI."""
-
-    def call(*arguments: str, **environment: str) -> str:
-        program = Path(sys.executable).with_name("prefect")
-        done = subprocess.run(
-            [program, *arguments],
-            cwd=PROJECT,
-            env={**os.environ, **api.env, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    return call
+def flow_id(api: PrefectAPI) -> str:
+    return next(iter(api.flows))
 
 
 @pytest.fixture(scope="session")
-def readme(
-    api: PrefectAPI, engine: docker.DockerClient, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., str]:
-    """Run the one command of README.md that starts like this, as a user does, but on what is there for the tests."""
-    home = tmp_path_factory.mktemp("home")
-    (home / "kubectl").write_text(KUBECTL)  # each node image has one, a machine may not
-    (home / "kubectl").chmod(0o755)
-    names = {
-        "http://your-server:4200": api.url,
-        "registry.example.com/team/": f"{registry.REGISTRY}/",
-        "namespace flows": f"namespace {NAMESPACE}",
-        "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
-    }
-
-    def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
-        exports = [command for command in commands() if command.startswith("export ")]
-        script = "\n".join([*exports, command(start)])
-        for old, new in {**names, **(instead or {})}.items():
-            script = script.replace(old, new)
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT__")}
-        path = f"{home}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment.update(HOME=str(home), PATH=path, KUBECONFIG=str(cluster.KUBECONFIG))
-        environment["FLOW_IMAGE_TAG"] = NAMESPACE  # not one that the node has pulled already
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=PROJECT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
-
-    readme("prefect backend server")
-    return readme
+def readme(api: PrefectAPI) -> Readme:
+    return Readme(api)
 
 
 @pytest.fixture(scope="session")
-def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterator[Namespace]:
+def on_node(engine: docker.DockerClient) -> Callable[..., str]:
+    """Run a command on the node, and return what it writes."""
+
+    def on_node(*command: str) -> str:
+        status, output = engine.containers.get(cluster.NODE).exec_run([*command])
+        assert status == 0, output
+        return str(output.decode()).strip()
+
+    return on_node
+
+
+@pytest.fixture(scope="session")
+def namespace(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace]:
     readme("kubectl create namespace")
     readme("kubectl label namespace")
     found = Namespace(cluster.api(), NAMESPACE)
@@ -233,14 +276,7 @@ def namespace(engine: docker.DockerClient, readme: Callable[..., str]) -> Iterat
 
 
 @pytest.fixture(scope="session")
-def flow_id(api: PrefectAPI, readme: Callable[..., str]) -> str:
-    readme("prefect create project")
-    readme("prefect register")
-    return next(reversed(api.flows))
-
-
-@pytest.fixture(scope="session")
-def agent(namespace: Namespace, readme: Callable[..., str]) -> str:
+def agent(namespace: Namespace, readme: Readme) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
     readme("prefect agent kubernetes install --rbac")
 
@@ -259,30 +295,30 @@ def small_image(engine: docker.DockerClient) -> str:
 
 
 @pytest.fixture(scope="session")
-def gvisor(engine: docker.DockerClient) -> None:
-    """A node that has gVisor: the one that `make airgap` builds, or one that was given it as docs/gvisor.md says."""
-    if engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])[0] != 0:
-        pytest.skip("gvisor_sidecar: the node has no gVisor, see docs/gvisor.md")
+def templates(engine: docker.DockerClient) -> list[str]:
+    """The templates that the node can run: for gVisor it is the one that `make airgap` builds, or as docs/gvisor.md says."""
+    status, _ = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])
+    return [name for name in TEMPLATES if name != "gvisor_sidecar" or status == 0]
 
 
-@pytest.fixture(params=["docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"])
-def template_name(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=TEMPLATES)
+def template_name(request: pytest.FixtureRequest, templates: list[str]) -> str:
     """The templates in turn, for tests of what all promise."""
-    if request.param == "gvisor_sidecar":
-        request.getfixturevalue("gvisor")
+    if request.param not in templates:
+        pytest.skip(f"{request.param}: the node has no gVisor, see docs/gvisor.md")
     return str(request.param)
 
 
 @pytest.fixture
-def template(template_name: str) -> dict[str, Any]:
+def template(template_name: str) -> Template:
     return load_job_template(template_name)
 
 
 @pytest.fixture
-def patched(readme: Callable[..., str], tmp_path: Path) -> Callable[[str], dict[str, Any]]:
+def patched(readme: Readme, tmp_path: Path) -> Callable[[str], Template]:
     """Make native_sidecar with a patch, by the command of docs/template.md."""
 
-    def patched(patch: str) -> dict[str, Any]:
+    def patched(patch: str) -> Template:
         instead = {  # the tests' kubectl may be on the node, where these files are not
             "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
             "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
@@ -294,11 +330,31 @@ def patched(readme: Callable[..., str], tmp_path: Path) -> Callable[[str], dict[
     return patched
 
 
-def daemon_of(template: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture
+def store(on_node: Callable[..., str]) -> Iterator[str]:
+    """A folder on the node for layers, of a test's own."""
+    path = f"/var/lib/docker-sidecar-{uuid.uuid4().hex[:8]}"
+    yield path
+    on_node("rm", "-rf", path)
+
+
+def daemon_of(template: Template) -> dict[str, Any]:
     """The container of a template that runs the Docker daemon."""
     pod = template["spec"]["template"]["spec"]
     [found] = [c for c in (*pod["containers"], *pod.get("initContainers", [])) if c["name"] == "dind-daemon"]
     return found  # type: ignore[no-any-return]
+
+
+def volume(template: Template, name: str) -> dict[str, Any]:
+    [found] = [v for v in template["spec"]["template"]["spec"]["volumes"] if v["name"] == name]
+    return found  # type: ignore[no-any-return]
+
+
+def edited(template: Template, old: str, new: str) -> Template:
+    """The job template with one change."""
+    text = json.dumps(template)
+    assert old in text
+    return dict(json.loads(text.replace(old, new)))
 
 
 @dataclass
@@ -318,11 +374,29 @@ class Run:
         self.wait(lambda: self.record.state in states, f"the run is {' or '.join(states)}", timeout)
         return self.record
 
+    def succeeds(self, *logged: str, timeout: float = 180) -> None:
+        """Wait until the run is a success, and has logged some texts."""
+        assert self.reaches("Success", "Failed", timeout=timeout).state == "Success", self.seen()
+        for text in logged:
+            self.logged(text)
+
+    def fails(self, timeout: float = 180) -> str:
+        """Wait until the run has failed, and return its message."""
+        assert self.reaches("Success", "Failed", "Cancelled", timeout=timeout).state == "Failed", self.seen()
+        return str(self.record.message)
+
     def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
         self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
         ended = self.namespace.job_ended(self.record.id)
         assert ended
         return ended
+
+    def delete_job(self) -> None:
+        """Delete the Job as `kubectl delete` does."""
+        selector = f"prefect.io/flow_run_id={self.record.id}"
+        self.namespace.batch.delete_collection_namespaced_job(
+            self.namespace.name, label_selector=selector, propagation_policy="Background"
+        )
 
     def logs(self) -> str:
         """What Prefect shows as the run's logs."""
@@ -348,7 +422,7 @@ def submit(
     """Submit a run of the flow, on a job template of its own if need be."""
     runs: list[Run] = []
 
-    def create(template: dict[str, Any] | None = None, memory: str | None = None, **parameters: Any) -> Run:
+    def create(template: Template | None = None, memory: str | None = None, **parameters: Any) -> Run:
         template = template or load_job_template("docker_sidecar")
         config = KubernetesRun(
             job_template=template,
@@ -362,7 +436,4 @@ def submit(
 
     yield create
     for run in runs:
-        for pod in namespace.pods(run.record.id):
-            job = pod.metadata.labels["job-name"]
-            with suppress(kubernetes.client.ApiException):  # the Agent, or the test, has deleted it meanwhile
-                namespace.batch.delete_namespaced_job(job, namespace.name, propagation_policy="Background")
+        run.delete_job()

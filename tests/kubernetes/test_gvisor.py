@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import docker
 import pytest
 import yaml
 
 from flows.settings import PROJECT
 from scripts import cluster
-from tests.kubernetes.conftest import Namespace, Run
+from tests.kubernetes.conftest import Namespace, Submit, Template
 from tests.support.pages import example
 
-Submit = Callable[..., Run]
 # all that a container can ask its daemon for
 GREEDY = {"privileged": True, "pid_mode": "host", "network_mode": "host", "binds": ["/:/host"]}
 LOOK = """
@@ -22,7 +19,7 @@ echo "kernel $(cat /proc/sys/kernel/random/boot_id)"
 echo "disks $(find /dev -type b | wc -l)"
 echo "files $(find /host -xdev -name dockerd-entrypoint.sh -o -xdev -name kubelet)"
 echo "processes $(cat /proc/[0-9]*/comm | grep -cx kubelet) $(cat /proc/[0-9]*/comm | grep -cx dockerd)"
-echo up; while :; do sleep 0.1; done
+echo up; sleep 600
 """
 # of each process of a pod: its user namespace and its capabilities there
 PROCESSES = """
@@ -32,21 +29,9 @@ done 2>/dev/null
 """
 
 
-@pytest.fixture
-def on_node(engine: docker.DockerClient) -> Callable[..., str]:
-    """Run a command on the node, and return what it writes."""
-
-    def run(*command: str) -> str:
-        status, output = engine.containers.get(cluster.NODE).exec_run([*command])
-        assert status == 0, output
-        return str(output.decode()).strip()
-
-    return run
-
-
 @pytest.mark.parametrize("template_name", ["native_sidecar", "gvisor_sidecar"], indirect=True)
 def test_a_container_that_asks_for_everything(
-    submit: Submit, template: dict[str, Any], template_name: str, namespace: Namespace, on_node: Callable[..., str]
+    submit: Submit, template: Template, template_name: str, namespace: Namespace, on_node: Callable[..., str]
 ) -> None:
     is_sandbox = template_name == "gvisor_sidecar"
     run = submit(template, command=["sh", "-c", LOOK], host_config=GREEDY)

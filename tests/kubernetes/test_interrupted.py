@@ -1,56 +1,66 @@
-"""Pods that end before their run does: deleted, evicted, drained, out of time, out of disk."""
+"""Pods that end before their run does: deleted, drained, out of time, out of disk."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import docker
-import kubernetes.client
 import pytest
 
 from flows.settings import load_job_template
 from flows.states import SIGTERM_CAUSE
 from scripts import cluster
 from tests.conftest import PREFECT, container
-from tests.kubernetes.conftest import Namespace, Run, daemon_of
+from tests.kubernetes.conftest import FOREVER, Namespace, Run, Submit, Template, daemon_of
 from tests.support.waiting import wait_for
 
-Submit = Callable[..., Run]
-SAVES = ["sh", "-c", "trap 'echo saving; exit' TERM; echo listening; while :; do sleep 0.1; done"]
+KUBECTL = ["kubectl", "--kubeconfig=/etc/kubernetes/admin.conf"]
 
 
-def delete(namespace: Namespace, pod: str) -> None:
-    namespace.core.delete_namespaced_pod(pod, namespace.name)
-
-
-def evict(namespace: Namespace, pod: str) -> None:
-    metadata = kubernetes.client.V1ObjectMeta(name=pod, namespace=namespace.name)
-    namespace.core.create_namespaced_pod_eviction(pod, namespace.name, kubernetes.client.V1Eviction(metadata=metadata))
-
-
-def assert_ended_by_sigterm(run: Run) -> None:
+def assert_ended_by_sigterm(run: Run, saved: bool = True) -> None:
     """Failed within the 30 s that Kubernetes gives, with the cause; and the container had the time to save."""
-    record = run.reaches("Failed", "Success", "Cancelled", timeout=30)
-    assert (record.state, record.message) == ("Failed", SIGTERM_CAUSE), run.seen()
-    run.wait(lambda: set(record.task_states.values()) <= {"Success", "Failed"}, "no task is left unfinished", 30)
-    run.logged("saving", 30)
+    assert run.fails(timeout=30) == SIGTERM_CAUSE, run.seen()
+    run.wait(lambda: set(run.record.task_states.values()) <= {"Success", "Failed"}, "no task is left unfinished", 30)
+    if saved:
+        run.logged("saving", 30)
 
 
-@pytest.mark.parametrize("end", [delete, evict])
-def test_a_pod_that_is_taken_away(
-    submit: Submit, template: dict[str, Any], namespace: Namespace, end: Callable[[Namespace, str], None]
-) -> None:
-    run = submit(template, command=SAVES)
-    end(namespace, run.container_writes("listening"))
+def test_a_job_that_is_deleted(submit: Submit, template: Template, namespace: Namespace) -> None:
+    run = submit(template, command=FOREVER)
+    run.container_writes("up")
+    run.delete_job()
+
+    def ended() -> bool:
+        statuses = [status for pod in namespace.pods(run.record.id) for status in pod.status.container_statuses]
+        return not any(status.state.running for status in statuses)  # kubelet may call an ended one "waiting"
+
+    run.wait(ended, "nothing of the pod runs any more", 20)
+    # kubelet may miss that, and finds out when it looks at all its pods, once a minute
+    run.wait(lambda: not namespace.pods(run.record.id), "the pod is gone", 120)
     assert_ended_by_sigterm(run)
 
 
-def test_a_job_that_is_out_of_time(submit: Submit, template: dict[str, Any]) -> None:
+# Kubernetes does the same with the pod of each template
+
+
+def test_a_job_that_is_out_of_time(submit: Submit) -> None:
+    template = load_job_template("native_sidecar")
     template["spec"]["activeDeadlineSeconds"] = 30
-    run = submit(template, command=SAVES)
-    run.container_writes("listening")
+    run = submit(template, command=FOREVER)
+    run.container_writes("up")
     run.reaches("Failed", "Success", "Cancelled", timeout=60)
+    assert_ended_by_sigterm(run)
+
+
+def test_a_node_that_is_drained(submit: Submit, on_node: Callable[..., str]) -> None:
+    """By evictions. Only of this run's pod: other tests use the node."""
+    run = submit(load_job_template("native_sidecar"), command=FOREVER)
+    run.container_writes("up")
+    selector = f"--pod-selector=prefect.io/flow_run_id={run.record.id}"
+    try:
+        on_node(*KUBECTL, "drain", cluster.NODE, selector, "--delete-emptydir-data", "--timeout=60s")
+    finally:
+        on_node(*KUBECTL, "uncordon", cluster.NODE)
     assert_ended_by_sigterm(run)
 
 
@@ -65,38 +75,20 @@ def silent_registry(engine: docker.DockerClient) -> Iterator[str]:
         yield found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"] + ":5000"
 
 
-def test_a_pod_that_is_deleted_during_the_pull(
-    submit: Submit, template: dict[str, Any], namespace: Namespace, silent_registry: str
-) -> None:
-    run = submit(template, image=f"{silent_registry}/none:1")
-    delete(namespace, run.container_writes(f"Pulling {silent_registry}/none:1"))
-    record = run.reaches("Failed", "Success", "Cancelled", timeout=30)
-    assert (record.state, record.message) == ("Failed", SIGTERM_CAUSE), run.seen()
+def test_a_pod_that_is_deleted_during_the_pull(submit: Submit, namespace: Namespace, silent_registry: str) -> None:
+    run = submit(load_job_template("native_sidecar"), image=f"{silent_registry}/none:1")
+    pod = run.container_writes(f"Pulling {silent_registry}/none:1")
+    namespace.core.delete_namespaced_pod(pod, namespace.name)
+    assert_ended_by_sigterm(run, saved=False)
 
 
-def test_a_node_that_is_drained(submit: Submit, template: dict[str, Any], engine: docker.DockerClient) -> None:
-    """Only of this run's pod: other tests use the node."""
-    run = submit(template, command=SAVES)
-    run.container_writes("listening")
-    kubectl = ["kubectl", "--kubeconfig=/etc/kubernetes/admin.conf"]
-    node = engine.containers.get(cluster.NODE)
-    try:
-        drain = [*kubectl, "drain", cluster.NODE, f"--pod-selector=prefect.io/flow_run_id={run.record.id}"]
-        status, output = node.exec_run([*drain, "--delete-emptydir-data", "--timeout=60s"])
-        assert status == 0, output.decode()
-    finally:
-        node.exec_run([*kubectl, "uncordon", cluster.NODE])
-    assert_ended_by_sigterm(run)
-
-
+@pytest.mark.timeout(600)
 def test_a_pod_that_is_evicted_for_its_disk(submit: Submit, namespace: Namespace) -> None:
     """kubelet looks at the disk once a minute, and gives an evicted pod no time to save."""
     template = load_job_template("native_sidecar")
     daemon_of(template)["resources"]["limits"]["ephemeral-storage"] = "1Gi"
-    fill = "dd if=/dev/zero of=/full bs=1M count=1200; echo full; while :; do sleep 0.1; done"
-    run = submit(template, command=["sh", "-c", fill])
-    run.reaches("Failed", "Success", timeout=240)
-    assert run.record.state == "Failed", run.seen()
+    run = submit(template, command=["sh", "-c", "dd if=/dev/zero of=/full bs=1M count=1200; echo full; sleep 600"])
+    run.fails(timeout=240)
     assert run.job_ends(120)[0] == "Failed"
     [pod] = namespace.pods(run.record.id)
     assert pod.status.reason == "Evicted", pod.status
