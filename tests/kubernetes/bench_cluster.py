@@ -11,47 +11,37 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import docker
 import kubernetes.client
 import pytest
 
-from flows.settings import JOB_TEMPLATES, load_job_template
-from scripts import cluster
+from flows.settings import load_job_template
 from scripts.base import PREFECT
-from tests.kubernetes.conftest import Namespace, Run
+from tests.kubernetes.conftest import TEMPLATES, Namespace, Submit
 from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
 from tests.support.waiting import wait_for
 
 Row = dict[str, float]  # of a run, its events in seconds after the Job was created
 EVENTS = ("Running", "image pulled", "container exited", "Success", "flow ended", "daemon ended", "Complete")
 IMAGE, LABEL = PREFECT[0], "prefect.io/flow_run_id"
-TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
 pytestmark = pytest.mark.timeout(5400)
 
 
-def on_the_node(engine: docker.DockerClient, script: str) -> str:
-    """Run a script on the cluster's node, and return its output."""
-    status, output = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", script])
-    assert status == 0, output.decode()
-    return str(output.decode())
-
-
 @pytest.fixture
-def quiet(namespace: Namespace, engine: docker.DockerClient) -> Callable[[], None]:
+def quiet(namespace: Namespace, on_node: Callable[..., str]) -> Callable[[], None]:
     """Wait until no run is left, and the node has no store and nothing to write."""
 
     def quiet() -> None:
         namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
         pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
         wait_for(lambda: not pods().items, "no run is left", namespace.report, 120)
-        on_the_node(engine, "rm -rf /var/lib/docker-sidecar-bench-*; sync")
+        on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar-bench-*; sync")
 
     return quiet
 
 
 @pytest.fixture
 def measure(
-    submit: Callable[..., Run], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
+    submit: Submit, namespace: Namespace, on_node: Callable[..., str], quiet: Callable[[], None]
 ) -> Callable[..., Row]:
     """Run the flow on a template, and say when what happened."""
 
@@ -59,11 +49,11 @@ def measure(
         if not again:
             quiet()
         run = submit(template, command="true", **parameters)
-        assert run.reaches("Success", "Failed").state == "Success", run.seen()
+        run.succeeds()
         created, complete = namespace.jobs[run.record.id][0][0], run.job_ends()[1]
         # from the node, for Kubernetes gives whole seconds
         containers = f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
-        seen = on_the_node(engine, f"crictl inspect $({containers})")
+        seen = on_node("sh", "-c", f"crictl inspect $({containers})")
         ended = sorted(datetime.fromisoformat(f"{t}+00:00") for t in re.findall(r'finishedAt": "(2[^"]{25})', seen))
         run.logged("exited with code")
 
@@ -138,9 +128,7 @@ def gvisor(runs: dict[str, list[Row]]) -> list[float]:
     return [success[name] / success["native_sidecar"] for name in success if name == "gvisor_sidecar"]
 
 
-def test_the_first_pull(
-    measure: Callable[..., Row], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
-) -> None:
+def test_the_first_pull(measure: Callable[..., Row], namespace: Namespace, quiet: Callable[[], None]) -> None:
     def floor() -> Row:
         """Pull and run by the Docker CLI, in native_sidecar's pod."""
         quiet()
@@ -171,7 +159,7 @@ in which the Docker CLI pulls and runs the image, not the flow."""
     publish(COLD, targets, text, *events(runs), *timeline(runs))
 
 
-def test_many_runs_at_once(submit: Callable[..., Run], namespace: Namespace) -> None:
+def test_many_runs_at_once(submit: Submit, namespace: Namespace) -> None:
     rows: list[list[str]] = []
     for name in TEMPLATES:
         for count in (1, 5, 10, 20):

@@ -28,6 +28,7 @@ import urllib3
 from prefect.run_configs import KubernetesRun
 
 from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
+from flows.states import SIGTERM_CAUSE
 from scripts import cluster, registry
 from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
 from tests.support.pages import command, commands
@@ -39,6 +40,7 @@ Submit = Callable[..., "Run"]
 NAMESPACE = SESSION
 SMALL_IMAGE = "tests/busybox:1"
 TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
+HEARTBEAT = 60  # seconds between two looks that the Agent takes at its Jobs
 FOREVER = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; sleep 600 & wait"]
 KUBECTL = f"""#!/bin/sh
 exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
@@ -80,11 +82,6 @@ class Namespace:
                 run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
                 self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
 
-    def mirror(self) -> str:
-        """The URL of the daemons' mirror."""
-        found = self.core.read_namespaced_config_map(cluster.CONFIG_MAP, self.name).data["daemon.json"]
-        return str(json.loads(found)["registry-mirrors"][0])
-
     def pods(self, run_id: str) -> list[Any]:
         selector = f"prefect.io/flow_run_id={run_id}"
         return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
@@ -101,35 +98,20 @@ class Namespace:
 
     def execute(self, pod: str, container: str, *command: str) -> str:
         """Run a command in a container, and return what it writes."""
-        return str(
-            kubernetes.stream.stream(
-                self.core.connect_get_namespaced_pod_exec,
-                pod,
-                self.name,
-                container=container,
-                command=list(command),
-                stderr=True,
-                stdout=True,
-            )
-        )
+        options = {"container": container, "command": [*command], "stderr": True, "stdout": True}
+        call = self.core.connect_get_namespaced_pod_exec
+        return str(kubernetes.stream.stream(call, pod, self.name, **options))
+
+    def answers(self, pod: str, container: str, address: str) -> str:
+        """What a connection to port 2375 of an address meets, from a container that has Python."""
+        script = f"import socket; socket.create_connection(('{address}', 2375), 5); print('open')"
+        return self.execute(pod, container, "python", "-c", script).strip().splitlines()[-1]
 
     def report(self) -> str:
-        """Phases, conditions, events and the ends of logs, for a test that gives up."""
-        lines = []
-        for pod in self.core.list_namespaced_pod(self.name).items:
-            lines.append(f"pod {pod.metadata.name}: {pod.status.phase}")
-            statuses = [*(pod.status.init_container_statuses or []), *(pod.status.container_statuses or [])]
-            for status in statuses:
-                state = {name: value for name, value in status.state.to_dict().items() if value}
-                lines.append(f"  {status.name}: {state}")
-                if not status.state.waiting:
-                    text = self.core.read_namespaced_pod_log(
-                        pod.metadata.name, self.name, container=status.name, tail_lines=15
-                    )
-                    lines += [f"    {line}" for line in text.splitlines()]
-        for event in self.core.list_namespaced_event(self.name).items[-30:]:
-            lines.append(f"event {event.involved_object.name}: {event.reason}: {event.message}")
-        return "\n".join(lines)
+        """Pods, events and the ends of logs, for a test that gives up."""
+        logs = f"xargs -I POD kubectl --namespace {self.name} logs POD --all-containers --prefix --tail=15"
+        pods = f"kubectl --namespace {self.name} get pods --output name | {logs} || true"
+        return shell(f"kubectl --namespace {self.name} describe pods; kubectl --namespace {self.name} events; {pods}")
 
 
 def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environment: str) -> str:
@@ -146,6 +128,11 @@ def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environm
     )
     assert done.returncode == 0, done.stdout
     return done.stdout
+
+
+def kubectl(command: str, stdin: str | None = None) -> str:
+    """The node's kubectl, in the tests' namespace."""
+    return shell(f"kubectl --namespace {NAMESPACE} {command}", stdin=stdin)
 
 
 def replaced(text: str, instead: Mapping[str, str]) -> str:
@@ -279,13 +266,8 @@ def namespace(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace
 def agent(namespace: Namespace, readme: Readme) -> str:
     """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
     readme("prefect agent kubernetes install --rbac")
-
-    def running() -> str | None:
-        pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
-        ready = [pod.metadata.name for pod in pods if pod.status.phase == "Running"]
-        return ready[0] if ready else None
-
-    return wait_for(running, "the Agent runs", namespace.report, 180)
+    kubectl("rollout status deployment prefect-agent --timeout=180s")
+    return kubectl("get pods --selector app=prefect-agent --output name").strip().removeprefix("pod/")
 
 
 @pytest.fixture(scope="session")
@@ -384,6 +366,13 @@ class Run:
         """Wait until the run has failed, and return its message."""
         assert self.reaches("Success", "Failed", "Cancelled", timeout=timeout).state == "Failed", self.seen()
         return str(self.record.message)
+
+    def ends_by_sigterm(self, saves: bool = True) -> None:
+        """Failed within the 30 s that Kubernetes gives, with the cause; and the container has the time to save."""
+        assert self.fails(timeout=30) == SIGTERM_CAUSE, self.seen()
+        self.wait(lambda: {*self.record.task_states.values()} <= {"Success", "Failed"}, "no task is unfinished", 30)
+        if saves:
+            self.logged("saving", 30)
 
     def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
         self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -15,6 +16,8 @@ from typing import Any
 import pytest
 from prefect.serialization.schedule import ScheduleSchema
 
+from flows.settings import PROJECT
+from scripts.registry import REGISTRY
 from tests.kubernetes.conftest import Namespace, Run, replaced, shell
 from tests.support.pages import example
 from tests.support.prefect_api import FlowRun, PrefectAPI
@@ -118,3 +121,42 @@ def test_a_parent_with_retries_notification_and_results(
     assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, record
     [message] = slack.messages  # type: ignore[attr-defined]
     assert "exited with code 3" in message
+
+
+SOURCES = {
+    "two_containers": example("two-containers"),
+    "build_and_run": example("build-and-run"),
+    "parallel": example("parallel"),
+    "parallel_processes": replaced(example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}),
+}
+IMPORTS = """
+from prefect.run_configs import KubernetesRun
+from prefect.storage import Docker
+from flows.settings import PROJECT, Settings, load_job_template
+settings = Settings.from_environ()
+"""
+RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][SOURCES["two_containers"].index("flow.run_config") :]
+
+
+@pytest.mark.timeout(500)
+def test_own_flows_in_a_repository_of_their_own(
+    api: PrefectAPI, agent: str, namespace: Namespace, small_image: str, tmp_path: Path
+) -> None:
+    shell(example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path)
+    for module, source in SOURCES.items():
+        if "flow.run_config" not in source:
+            end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
+            source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
+        # a tag that the node has not pulled
+        (tmp_path / "flows" / f"{module}.py").write_text(source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"'))
+    modules = " ".join(f"-m flows.{module}" for module in SOURCES)
+    register = example("register-own").replace("-m flows.two_containers", modules)
+    shell(register, tmp_path, **api.env, FLOW_REGISTRY_URL=REGISTRY)
+    ids = [api.create_flow_run(flow, parameters={"image": small_image}) for flow in [*api.flows][-len(SOURCES) :]]
+    runs = {module: Run(namespace, api.flow_runs[run_id]) for module, run_id in zip(SOURCES, ids)}
+    for run in runs.values():
+        run.succeeds()
+        assert run.job_ends()[0] == "Complete"
+    runs["build_and_run"].logged("hello from an image that this run has built")
+    for word in ("apple", "pear", "plum", "cherry"):  # worker processes may end before they have sent their logs
+        runs["parallel"].logged(f"hello {word}")

@@ -1,162 +1,41 @@
-"""What the pages show for a cluster: own flows and templates, volumes, secrets, a network policy."""
+"""What the pages show for a cluster: own templates, volumes, secrets, a network policy, operations."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import shlex
 import subprocess
 import uuid
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import docker
-import kubernetes.client
 import kubernetes.utils
 import pytest
 import yaml
+from prefect.run_configs import KubernetesRun
 
-from flows.settings import PROJECT, load_job_template
+from flows.settings import JOB_TEMPLATES, load_job_template
 from scripts import cluster
 from scripts.base import DAEMON
-from scripts.registry import REGISTRY
 from tests.conftest import PREFECT, private_registry
-from tests.kubernetes.conftest import KUBECTL, SMALL_IMAGE, Namespace, Readme, Run, Submit, Template, replaced, shell
+from tests.kubernetes.conftest import (
+    FOREVER,
+    KUBECTL,
+    SMALL_IMAGE,
+    Namespace,
+    Readme,
+    Run,
+    Submit,
+    Template,
+    kubectl,
+    replaced,
+)
 from tests.support.pages import example, parameters
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
-
-TWO_PULLS = """
-import os, time
-from pathlib import Path
-from prefect import Flow, Parameter, task
-from flows.states import fail_with_cause
-from flows.tasks import PullImage
-
-@task
-def wait_until_told():
-    while not Path("/workspace/go").exists():
-        time.sleep(0.2)
-
-docker_server_url = os.environ.get("DOCKER_HOST", "")
-with Flow("Two pulls", terminal_state_handler=fail_with_cause) as flow:
-    first = PullImage(docker_server_url=docker_server_url)(repository=Parameter("image"))
-    told = wait_until_told(upstream_tasks=[first])
-    PullImage(docker_server_url=docker_server_url)(repository=Parameter("private"), upstream_tasks=[told])
-
-"""
-SOURCES = {
-    "two_containers": example("two-containers"),
-    "build_and_run": example("build-and-run"),
-    "parallel": example("parallel"),
-    "parallel_processes": replaced(example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}),
-    "two_pulls": TWO_PULLS,
-}
-IMPORTS = """
-from prefect.run_configs import KubernetesRun
-from prefect.storage import Docker
-from flows.settings import PROJECT, Settings, load_job_template
-settings = Settings.from_environ()
-"""
-RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][SOURCES["two_containers"].index("flow.run_config") :]
-together = pytest.mark.xdist_group("own flows")  # which are registered once
-
-
-@pytest.fixture(scope="module")
-def own_flows(api: PrefectAPI, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Flows of a repository of its own, made and registered as docs/from-your-flows.md says: the ids by module."""
-    folder = tmp_path_factory.mktemp("repository")
-    shell(example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), folder)
-    for module, source in SOURCES.items():
-        if "flow.run_config" not in source:
-            end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
-            source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
-        # a tag that the node has not pulled
-        (folder / "flows" / f"{module}.py").write_text(source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"'))
-    modules = " ".join(f"-m flows.{module}" for module in SOURCES)
-    register = example("register-own").replace("-m flows.two_containers", modules)
-    shell(register, folder, **api.env, FLOW_REGISTRY_URL=REGISTRY)
-    return dict(zip(SOURCES, [*api.flows][-len(SOURCES) :]))
-
-
-@pytest.fixture
-def own_flow(
-    own_flows: dict[str, str], api: PrefectAPI, agent: str, namespace: Namespace, small_image: str
-) -> Callable[..., Run]:
-    """Start a run of a flow of that repository."""
-
-    def own_flow(module: str, **parameters: Any) -> Run:
-        run_id = api.create_flow_run(own_flows[module], parameters={"image": small_image, **parameters})
-        return Run(namespace, api.flow_runs[run_id])
-
-    return own_flow
-
-
-@together
-@pytest.mark.timeout(500)
-def test_own_flows(own_flow: Callable[..., Run]) -> None:
-    runs = {module: own_flow(module) for module in SOURCES if module != "two_pulls"}
-    for run in runs.values():
-        run.succeeds()
-        assert run.job_ends()[0] == "Complete"
-    runs["build_and_run"].logged("hello from an image that this run has built")
-    for word in ("apple", "pear", "plum", "cherry"):  # worker processes may end before they have sent their logs
-        runs["parallel"].logged(f"hello {word}")
-
-
-@together
-@pytest.mark.timeout(500)
-def test_a_login_that_is_renewed_between_two_pulls_of_a_run(
-    own_flow: Callable[..., Run],
-    namespace: Namespace,
-    readme: Readme,
-    engine: docker.DockerClient,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
-    with private_registry(
-        engine, network=cluster.NETWORK, volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
-    ) as registry:
-        address = f"{registry.attrs['NetworkSettings']['Networks'][cluster.NETWORK]['IPAddress']}:5000"
-        config = namespace.core.read_namespaced_config_map(cluster.CONFIG_MAP, namespace.name)
-        daemon_json = json.loads(config.data["daemon.json"])
-        daemon_json["insecure-registries"].append(address)
-        config.data["daemon.json"] = json.dumps(daemon_json)
-        namespace.core.replace_namespaced_config_map(cluster.CONFIG_MAP, namespace.name, config)
-        instead = {"registry.example.com": address, "=AWS": "=user"}
-        readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
-        for old in ("namespace: flows", "namespace: logins", "namespace flows"):
-            instead[old] = old.replace(old.split()[1], namespace.name)
-        *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
-        for resource in (*others, cron_job):
-            kubernetes.utils.create_from_dict(namespace.api, resource)
-        run = own_flow("two_pulls", private=f"{address}/{SMALL_IMAGE}")
-        run.wait(lambda: SMALL_IMAGE in run.logs() and " for " in run.logs(), "the first pull is over", 120)
-        [pod] = namespace.pods(run.record.id)
-
-        [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-        account = f"--as=system:serviceaccount:{namespace.name}:renew-login"
-        programs = tmp_path_factory.mktemp("bin")
-        for name, script in {
-            "aws": "#!/bin/sh\necho password",
-            "kubectl": KUBECTL.replace("kubectl ", f"kubectl {account} "),
-        }.items():
-            (programs / name).write_text(script)
-            (programs / name).chmod(0o755)
-        command = [*container["command"], *container["args"]]
-        subprocess.run(command, env={**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}, check=True)
-
-        def current() -> bool:
-            # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
-            namespace.core.patch_namespaced_pod(
-                pod.metadata.name, namespace.name, {"metadata": {"annotations": {"looked-at": uuid.uuid4().hex}}}
-            )
-            found = namespace.execute(pod.metadata.name, "flow-container", "cat", "/docker-config/config.json")
-            return "expired" not in found and base64.b64encode(b"user:password").decode() in found
-
-        run.wait(current, "the pod has the new login", 150)
-        namespace.execute(pod.metadata.name, "flow-container", "touch", "/workspace/go")
-        run.succeeds()
 
 
 def test_own_template(
@@ -232,27 +111,146 @@ print("all", sys.argv[1])
 def test_network_policy(submit: Submit, namespace: Namespace, agent: str) -> None:
     """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
     name = f"probe-{uuid.uuid4().hex[:8]}"
-    server = {"name": "server", "image": PREFECT, "command": ["python", "-m", "http.server", "80"]}
-    pod = {"metadata": {"name": name, "labels": {"app": name}}, "spec": {"containers": [server]}}
-    namespace.core.create_namespaced_pod(namespace.name, pod)
-    service = {"metadata": {"name": name}, "spec": {"selector": {"app": name}, "ports": [{"port": 80}]}}
-    service_address = namespace.core.create_namespaced_service(namespace.name, service).spec.cluster_ip
-    policies = kubernetes.client.NetworkingV1Api(namespace.api)
-    policy = yaml.safe_load(example("network-policy"))
-
-    def address() -> Any:
-        return namespace.core.read_namespaced_pod(name, namespace.name).status.pod_ip
-
-    addresses = [wait_for(address, "the server has an address", namespace.report, 60), service_address]
-    # the policy is for runs: the Agent's pod reaches the server
-    assert "all open" in namespace.execute(agent, "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
-    policies.create_namespaced_network_policy(namespace.name, policy)
+    kubectl(f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80")
     try:
+        kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
+        ask = f"get pod,service {name} --output jsonpath='{{.items[0].status.podIP}} {{.items[1].spec.clusterIP}}'"
+        addresses = kubectl(ask).split()
+        # the policy is for runs: the Agent's pod reaches the server
+        said = namespace.execute(agent, "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
+        assert "all open" in said
+        kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
-        submit(load_job_template("native_sidecar"), image=PREFECT, command=command, time_limit=120).succeeds(
-            "all closed"
-        )
+        run = submit(load_job_template("native_sidecar"), image=PREFECT, command=command, time_limit=120)
+        run.succeeds("all closed")
     finally:
-        policies.delete_namespaced_network_policy(policy["metadata"]["name"], namespace.name)
-        namespace.core.delete_namespaced_service(name, namespace.name)
-        namespace.core.delete_namespaced_pod(name, namespace.name, grace_period_seconds=0)
+        kubectl(f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar")
+
+
+# a process that pulls an image, waits, and pulls another one
+PULLS = """
+import os, sys, time
+from flows.tasks import PullImage
+pull = PullImage(docker_server_url=os.environ["DOCKER_HOST"])
+pull.run(repository=sys.argv[1])
+print("the first pull is over", flush=True)
+while not os.path.exists("/workspace/go"):
+    time.sleep(0.2)
+pull.run(repository=sys.argv[2])
+print("so is the second", flush=True)
+"""
+
+
+@pytest.mark.timeout(500)
+def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
+    submit: Submit, namespace: Namespace, readme: Readme, engine: docker.DockerClient, small_image: str, tmp_path: Path
+) -> None:
+    """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
+    with private_registry(
+        engine, network=cluster.NETWORK, volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
+    ) as registry:
+        address = f"{registry.attrs['NetworkSettings']['Networks'][cluster.NETWORK]['IPAddress']}:5000"
+        config = namespace.core.read_namespaced_config_map(cluster.CONFIG_MAP, namespace.name)
+        daemon_json = json.loads(config.data["daemon.json"])
+        daemon_json["insecure-registries"].append(address)
+        config.data["daemon.json"] = json.dumps(daemon_json)
+        namespace.core.replace_namespaced_config_map(cluster.CONFIG_MAP, namespace.name, config)
+        instead = {"registry.example.com": address, "=AWS": "=user"}
+        readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
+        for old in ("namespace: flows", "namespace: logins", "namespace flows"):
+            instead[old] = old.replace(old.split()[1], namespace.name)
+        *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
+        for resource in (*others, cron_job):
+            kubernetes.utils.create_from_dict(namespace.api, resource)
+        pod = submit(command=FOREVER).container_writes("up")
+
+        def in_the_flow(*command: str) -> str:
+            return namespace.execute(pod, "flow-container", *command)
+
+        def said(text: str) -> Callable[[], bool]:
+            return lambda: text in in_the_flow("cat", "/tmp/said")
+
+        start = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
+        in_the_flow("sh", "-c", start, PULLS, small_image, f"{address}/{SMALL_IMAGE}")
+        wait_for(said("the first pull is over"), "the first pull", lambda: in_the_flow("cat", "/tmp/said"), 60)
+
+        [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+        account = f"--as=system:serviceaccount:{namespace.name}:renew-login"
+        for name, script in {
+            "aws": "#!/bin/sh\necho password",
+            "kubectl": KUBECTL.replace("kubectl ", f"kubectl {account} "),
+        }.items():
+            (tmp_path / name).write_text(script)
+            (tmp_path / name).chmod(0o755)
+        command = [*container["command"], *container["args"]]
+        subprocess.run(command, env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, check=True)
+
+        def current() -> bool:
+            # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
+            kubectl(f"annotate --overwrite pod {pod} looked-at={uuid.uuid4()}")
+            found = in_the_flow("cat", "/docker-config/config.json")
+            return "expired" not in found and base64.b64encode(b"user:password").decode() in found
+
+        wait_for(current, "the pod has the new login", namespace.report, 150)
+        in_the_flow("touch", "/workspace/go")
+        wait_for(said("so is the second"), "the second pull", lambda: in_the_flow("cat", "/tmp/said"), 60)
+
+
+def test_the_stores_of_a_node_are_found(
+    namespace: Namespace, store: str, on_node: Callable[..., str], readme: Readme
+) -> None:
+    on_node("mkdir", "-p", f"{store}/0")
+    instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {namespace.name}"}
+    assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
+
+
+@pytest.mark.timeout(600)
+def test_a_template_of_the_agents_is_changed_without_registering(
+    api: PrefectAPI,
+    flow_id: str,
+    agent: str,
+    namespace: Namespace,
+    small_image: str,
+    readme: Readme,
+    tmp_path: Path,
+) -> None:
+    """By the commands of the page."""
+
+    def run_says(text: str) -> None:
+        config = KubernetesRun(
+            job_template_path="agent:///job-template/own.yaml", labels=["docker-sidecar"]
+        ).serialize()
+        parameters = {"image": small_image, "environment": ["TEMPLATE"], "command": ["sh", "-c", "echo $TEMPLATE"]}
+        run = Run(namespace, api.flow_runs[api.create_flow_run(flow_id, parameters=parameters, run_config=config)])
+        run.succeeds(text)
+
+    def template(text: str) -> dict[str, str]:
+        """How the commands of the page read a template that says a text."""
+        job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
+        job["spec"]["template"]["spec"]["containers"][0]["env"].append({"name": "TEMPLATE", "value": text})
+        literal = shlex.quote(f"--from-literal=own.yaml={yaml.safe_dump(job)}")
+        return {"--from-file=job_templates/own.yaml": literal}
+
+    first, second = template("the first template"), template("the second template")
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml", first)
+    patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
+    readme("kubectl patch deployment prefect-agent", patch)
+
+    def only_the_new_agent() -> str:
+        pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
+        # the old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template
+        names = {pod.metadata.name for pod in pods if pod.status.phase == "Running"}
+        return "" if agent in names or len(pods) != 1 else " ".join(names)
+
+    name = wait_for(only_the_new_agent, "only the new Agent runs", namespace.report, 120)
+    run_says("the first template")
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
+
+    def changed() -> bool:
+        # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes
+        annotation = {"metadata": {"annotations": {"looked-at": uuid.uuid4().hex}}}
+        namespace.core.patch_namespaced_pod(name, namespace.name, annotation)
+        return "second" in namespace.execute(name, "agent", "cat", "/job-template/own.yaml")
+
+    wait_for(changed, "the Agent has the new template", namespace.report, 150)
+    run_says("the second template")
