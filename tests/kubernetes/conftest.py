@@ -40,6 +40,7 @@ Submit = Callable[..., "Run"]
 NAMESPACE = SESSION
 SMALL_IMAGE = "tests/busybox:1"
 TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
+LABELS = ["docker-sidecar"]  # of the Agent
 HEARTBEAT = 60  # seconds between two looks that the Agent takes at its Jobs
 FOREVER = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; sleep 600 & wait"]
 KUBECTL = f"""#!/bin/sh
@@ -82,9 +83,12 @@ class Namespace:
                 run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
                 self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
 
-    def pods(self, run_id: str) -> list[Any]:
-        selector = f"prefect.io/flow_run_id={run_id}"
+    def pods(self, selector: str) -> list[Any]:
         return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
+
+    def pod(self, selector: str) -> Pod:
+        [found] = self.pods(selector)
+        return Pod(self, found.metadata.name, found.status.pod_ip)
 
     def job_ended(self, run_id: str) -> tuple[str, datetime] | None:
         """How a Job ended, Complete, Failed or DELETED, and when that was seen."""
@@ -96,22 +100,31 @@ class Namespace:
                     return condition.type, seen
         return None
 
-    def execute(self, pod: str, container: str, *command: str) -> str:
-        """Run a command in a container, and return what it writes."""
-        options = {"container": container, "command": [*command], "stderr": True, "stdout": True}
-        call = self.core.connect_get_namespaced_pod_exec
-        return str(kubernetes.stream.stream(call, pod, self.name, **options))
-
-    def answers(self, pod: str, container: str, address: str) -> str:
-        """What a connection to port 2375 of an address meets, from a container that has Python."""
-        script = f"import socket; socket.create_connection(('{address}', 2375), 5); print('open')"
-        return self.execute(pod, container, "python", "-c", script).strip().splitlines()[-1]
-
     def report(self) -> str:
         """Pods, events and the ends of logs, for a test that gives up."""
-        logs = f"xargs -I POD kubectl --namespace {self.name} logs POD --all-containers --prefix --tail=15"
-        pods = f"kubectl --namespace {self.name} get pods --output name | {logs} || true"
-        return shell(f"kubectl --namespace {self.name} describe pods; kubectl --namespace {self.name} events; {pods}")
+        ours = f"kubectl --namespace {self.name}"
+        logs = f"{ours} get pods --output name | xargs -I POD {ours} logs POD --all-containers --prefix --tail=15"
+        return shell(f"{ours} describe pods; {ours} events; {logs} || true")
+
+
+@dataclass
+class Pod:
+    """A pod that runs."""
+
+    namespace: Namespace
+    name: str
+    address: str
+
+    def execute(self, container: str, *command: str) -> str:
+        """Run a command in a container, and return what it writes."""
+        options = {"container": container, "command": [*command], "stderr": True, "stdout": True}
+        call = self.namespace.core.connect_get_namespaced_pod_exec
+        return str(kubernetes.stream.stream(call, self.name, self.namespace.name, **options))
+
+    def asks(self, container: str, address: str) -> str:
+        """What a connection from a container, which has Python, to port 2375 of an address meets."""
+        script = f"import socket; socket.create_connection(('{address}', 2375), 5); print('open')"
+        return self.execute(container, "python", "-c", script).strip().splitlines()[-1]
 
 
 def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environment: str) -> str:
@@ -223,11 +236,6 @@ def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
 
 
 @pytest.fixture(scope="session")
-def flow_id(api: PrefectAPI) -> str:
-    return next(iter(api.flows))
-
-
-@pytest.fixture(scope="session")
 def readme(api: PrefectAPI) -> Readme:
     return Readme(api)
 
@@ -251,23 +259,22 @@ def namespace(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace
     found = Namespace(cluster.api(), NAMESPACE)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
-    found.core.delete_namespace(found.name)
     # the Agent does not heed SIGTERM, and kubelet may take two minutes to find that a pod has ended; a namespace waits
-    found.core.delete_collection_namespaced_pod(found.name, grace_period_seconds=0)
-    wait_for(
-        lambda: found.name not in [n.metadata.name for n in found.core.list_namespace().items],
-        f"{found.name} is gone",
-        found.report,
-        120,
-    )
+    kubectl("delete pods --all --now --wait=false")
+    kubectl(f"delete namespace {NAMESPACE} --timeout=120s")
 
 
 @pytest.fixture(scope="session")
-def agent(namespace: Namespace, readme: Readme) -> str:
-    """The real Agent, from the manifests that the CLI writes; returns the name of its pod."""
+def deployment(namespace: Namespace, readme: Readme) -> None:
+    """The real Agent, from the manifests that the CLI writes."""
     readme("prefect agent kubernetes install --rbac")
     kubectl("rollout status deployment prefect-agent --timeout=180s")
-    return kubectl("get pods --selector app=prefect-agent --output name").strip().removeprefix("pod/")
+
+
+@pytest.fixture
+def agent(deployment: None, namespace: Namespace) -> Pod:
+    """The Agent's pod, which a test may replace."""
+    return namespace.pod("app=prefect-agent")
 
 
 @pytest.fixture(scope="session")
@@ -345,6 +352,7 @@ class Run:
 
     namespace: Namespace
     record: FlowRun
+    selector = property(lambda self: f"prefect.io/flow_run_id={self.record.id}")
 
     def seen(self) -> str:
         return f"{self.record}\n{self.namespace.report()}"
@@ -375,17 +383,16 @@ class Run:
             self.logged("saving", 30)
 
     def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
-        self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
-        ended = self.namespace.job_ended(self.record.id)
-        assert ended
+        """Wait until the Job has ended; how, and when that was seen."""
+        ended: tuple[str, datetime] = self.wait(self.job_ended, "its Job has ended", timeout)
         return ended
+
+    def job_ended(self) -> tuple[str, datetime] | None:
+        return self.namespace.job_ended(self.record.id)
 
     def delete_job(self) -> None:
         """Delete the Job as `kubectl delete` does."""
-        selector = f"prefect.io/flow_run_id={self.record.id}"
-        self.namespace.batch.delete_collection_namespaced_job(
-            self.namespace.name, label_selector=selector, propagation_policy="Background"
-        )
+        kubectl(f"delete jobs --selector {self.selector} --wait=false")
 
     def logs(self) -> str:
         """What Prefect shows as the run's logs."""
@@ -395,34 +402,33 @@ class Run:
         """Wait until something is in the run's logs: they are sent every 5 s, and when the process ends."""
         self.wait(lambda: text in self.logs(), f"the run logs {text!r}", timeout)
 
-    def container_writes(self, text: str) -> str:
-        """Wait until a line of the container is in the run's logs, and return the name of the pod."""
+    def pods(self) -> list[Any]:
+        return self.namespace.pods(self.selector)
+
+    def container_writes(self, text: str) -> Pod:
+        """Wait until a line of the container is in the run's logs, and return the pod."""
         found = lambda: text in self.logs().splitlines()  # noqa: E731
         self.wait(lambda: found() or self.record.state == "Failed", f"the run logs the line {text!r}", 180)
         assert found(), self.seen()
-        [pod] = self.namespace.pods(self.record.id)
-        return str(pod.metadata.name)
+        return self.namespace.pod(self.selector)
+
+
+def start(api: PrefectAPI, namespace: Namespace, flow_id: str | None = None, **options: Any) -> Run:
+    """Create a run, by default of the registered flow as it is."""
+    return Run(namespace, api.flow_runs[api.create_flow_run(flow_id or next(iter(api.flows)), **options)])
 
 
 @pytest.fixture
-def submit(
-    namespace: Namespace, api: PrefectAPI, flow_id: str, agent: str, small_image: str
-) -> Iterator[Callable[..., Run]]:
+def submit(namespace: Namespace, api: PrefectAPI, deployment: None, small_image: str) -> Iterator[Submit]:
     """Submit a run of the flow, on a job template of its own if need be."""
     runs: list[Run] = []
 
-    def create(template: Template | None = None, memory: str | None = None, **parameters: Any) -> Run:
-        template = template or load_job_template("docker_sidecar")
-        config = KubernetesRun(
-            job_template=template,
-            memory_request=memory,
-            memory_limit=memory,
-            labels=api.flows[flow_id].run_config["labels"],
-        ).serialize()
-        run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters}, run_config=config)
-        runs.append(Run(namespace, api.flow_runs[run_id]))
+    def submit(template: Template | None = None, memory: str | None = None, **parameters: Any) -> Run:
+        job = template or load_job_template("docker_sidecar")
+        config = KubernetesRun(job_template=job, memory_request=memory, memory_limit=memory, labels=LABELS).serialize()
+        runs.append(start(api, namespace, parameters={"image": small_image, **parameters}, run_config=config))
         return runs[-1]
 
-    yield create
+    yield submit
     for run in runs:
         run.delete_job()

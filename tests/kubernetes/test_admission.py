@@ -12,10 +12,11 @@ import kubernetes.client
 import kubernetes.utils
 import pytest
 import yaml
+from prefect.run_configs import KubernetesRun
 
 from flows.settings import load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import NAMESPACE, Namespace, Readme, Run, daemon_of, replaced
+from tests.kubernetes.conftest import NAMESPACE, Namespace, Readme, Run, daemon_of, replaced, shell, start
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
@@ -46,17 +47,13 @@ def team(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace]:
     found = Namespace(cluster.api(), TEAM)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, TEAM))
     readme("kubectl apply --filename agent-role.yaml", {"agent-role.yaml": here(example("agent-role"))})
-    policies = kubernetes.client.AdmissionregistrationV1Api(found.api)
-    policy = {"admission-policy.yaml": here(example("admission-policy"))}
-    readme("kubectl apply --filename admission-policy.yaml", policy)
+    readme("kubectl apply --filename admission-policy.yaml", {"admission-policy.yaml": here(example("admission-policy"))})
     try:
         wait_for(lambda: refusal(found, "admin", pod(hostNetwork=True)), "the policy is in force", found.report, 60)
         yield found
     finally:
-        policies.delete_validating_admission_policy_binding(TEAM)
-        policies.delete_validating_admission_policy(TEAM)
-        found.core.delete_namespace(TEAM)
-        found.core.delete_collection_namespaced_pod(TEAM, grace_period_seconds=0)
+        shell(f"kubectl delete validatingadmissionpolicybinding,validatingadmissionpolicy,namespace {TEAM} --wait=false")
+        shell(f"kubectl --namespace {TEAM} delete pods --all --now --wait=false")
 
 
 def pod(securityContext: Any = None, **spec: Any) -> dict[str, Any]:
@@ -86,17 +83,16 @@ def refusal(namespace: Namespace, user: str, body: dict[str, Any]) -> str:
 
 
 def test_a_run_under_the_policy_with_an_agent_of_few_rights(
-    team: Namespace, api: PrefectAPI, flow_id: str, small_image: str, readme: Readme
+    team: Namespace, api: PrefectAPI, small_image: str, readme: Readme
 ) -> None:
     """One with the policy's image of the daemon, and one with another; the Agent deletes the Job that has ended."""
 
     def submit(image: str) -> Run:
         template = load_job_template("native_sidecar")
         daemon_of(template)["image"] = image
-        config = {"type": "KubernetesRun", "job_template": template, "__version__": "1.4.1"}
+        config = KubernetesRun(job_template=template).serialize()
         parameters = {"image": small_image, "command": "echo admitted"}
-        run_id = api.create_flow_run(flow_id, parameters=parameters, run_config=config, labels=[TEAM])
-        return Run(team, api.flow_runs[run_id])
+        return start(api, team, parameters=parameters, run_config=config, labels=[TEAM])
 
     readme("prefect agent kubernetes install --label", HERE)
     readme("kubectl delete role,rolebinding", HERE)

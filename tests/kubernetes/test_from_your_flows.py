@@ -11,23 +11,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prefect.serialization.schedule import ScheduleSchema
 
 from flows.settings import PROJECT
 from scripts.registry import REGISTRY
-from tests.kubernetes.conftest import Namespace, Run, replaced, shell
+from tests.kubernetes.conftest import Namespace, Run, replaced, shell, start
 from tests.support.pages import example
-from tests.support.prefect_api import FlowRun, PrefectAPI
+from tests.support.prefect_api import PrefectAPI
 
 Parent = Callable[..., str]
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
 @pytest.fixture
-def parent(api: PrefectAPI, flow_id: str, agent: str, tmp_path: Path) -> Parent:
+def parent(api: PrefectAPI, deployment: None, tmp_path: Path) -> Parent:
     """Register a flow that starts the registered one; returns its id. It needs neither image nor Agent to run here."""
 
     def register(source: str) -> str:
@@ -40,12 +39,12 @@ def parent(api: PrefectAPI, flow_id: str, agent: str, tmp_path: Path) -> Parent:
 
 
 @contextmanager
-def executing(api: PrefectAPI, record: FlowRun, **environment: str) -> Iterator[None]:
+def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
     """A flow run's process, as an Agent would start it."""
     environment = {
         **os.environ,
         **api.env,
-        "PREFECT__CONTEXT__FLOW_RUN_ID": record.id,
+        "PREFECT__CONTEXT__FLOW_RUN_ID": run.record.id,
         "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner",
         **environment,
     }
@@ -57,13 +56,9 @@ def executing(api: PrefectAPI, record: FlowRun, **environment: str) -> Iterator[
         process.wait()
 
 
-def new_run(api: PrefectAPI, flow_id: str, **options: Any) -> FlowRun:
-    """A flow run that no Agent takes."""
-    return api.flow_runs[api.create_flow_run(flow_id, labels=["executed-by-the-test"], **options)]
-
-
-def children(api: PrefectAPI, record: FlowRun) -> list[FlowRun]:
-    return [run for run in api.flow_runs.values() if run.name.startswith(f"{record.name}-")]
+def children(api: PrefectAPI, parent: Run) -> list[str]:
+    """The states of the runs that a run has started."""
+    return sorted(run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-"))
 
 
 def test_a_parent_on_a_schedule_ends_as_its_container_ends(
@@ -76,13 +71,14 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     assert {event.parameter_defaults["command"] for event in events} == {"echo every night", "echo every Monday"}
 
     fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
-    runs = [new_run(api, parent_id, parameters=each) for each in (events[0].parameter_defaults, fails)]
-    good, bad = (Run(namespace, run) for run in runs)
-    with executing(api, good.record), executing(api, bad.record):
+    no_agent = ["executed-by-the-test"]
+    good = start(api, namespace, parent_id, parameters=events[0].parameter_defaults, labels=no_agent)
+    bad = start(api, namespace, parent_id, parameters=fails, labels=no_agent)
+    with executing(api, good), executing(api, bad):
         good.succeeds(events[0].parameter_defaults["command"].removeprefix("echo "))
         bad.fails()
     assert any("exited with code 3" in str(run.message) for run in bad.record.task_runs)
-    assert [[child.state for child in children(api, run)] for run in runs] == [["Success"], ["Failed"]]
+    assert (children(api, good), children(api, bad)) == (["Success"], ["Failed"])
 
 
 class _Slack(BaseHTTPRequestHandler):
@@ -109,16 +105,14 @@ def test_a_parent_with_retries_notification_and_results(
     fails = '{"image": "alpine:3", "command": ["sh", "-c", "exit 3"]}'
     edits = {"range(30)\n]": f"[22]\n] + [{fails}]", "alpine:3": small_image}
     edits |= {"max_retries=3": "max_retries=1", "minutes=1": "seconds=1"}
-    source = example("parent")
-    assert all(old in source for old in edits)
-    source = replaced(source, edits)
-    record = new_run(api, parent(source))
+    assert all(old in example("parent") for old in edits)
+    run = start(api, namespace, parent(replaced(example("parent"), edits)), labels=["executed-by-the-test"])
     url = f"http://127.0.0.1:{slack.server_port}"
-    with executing(api, record, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
-        Run(namespace, record).fails(timeout=240)  # the total misses one of its two
-    assert sorted(child.state for child in children(api, record)) == ["Failed", "Failed", "Success"], record
-    results = {run.map_index: run.state for run in record.task_runs if "run_container" in run.task.slug}
-    assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, record
+    with executing(api, run, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
+        run.fails(timeout=240)  # the total misses one of its two
+    assert children(api, run) == ["Failed", "Failed", "Success"], run.record
+    results = {each.map_index: each.state for each in run.record.task_runs if "run_container" in each.task.slug}
+    assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, run.record
     [message] = slack.messages  # type: ignore[attr-defined]
     assert "exited with code 3" in message
 
@@ -140,7 +134,7 @@ RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][SOURCES["two_containers"].ind
 
 @pytest.mark.timeout(500)
 def test_own_flows_in_a_repository_of_their_own(
-    api: PrefectAPI, agent: str, namespace: Namespace, small_image: str, tmp_path: Path
+    api: PrefectAPI, deployment: None, namespace: Namespace, small_image: str, tmp_path: Path
 ) -> None:
     shell(example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path)
     for module, source in SOURCES.items():
@@ -152,8 +146,8 @@ def test_own_flows_in_a_repository_of_their_own(
     modules = " ".join(f"-m flows.{module}" for module in SOURCES)
     register = example("register-own").replace("-m flows.two_containers", modules)
     shell(register, tmp_path, **api.env, FLOW_REGISTRY_URL=REGISTRY)
-    ids = [api.create_flow_run(flow, parameters={"image": small_image}) for flow in [*api.flows][-len(SOURCES) :]]
-    runs = {module: Run(namespace, api.flow_runs[run_id]) for module, run_id in zip(SOURCES, ids)}
+    ids = [*api.flows][-len(SOURCES) :]
+    runs = {name: start(api, namespace, id, parameters={"image": small_image}) for name, id in zip(SOURCES, ids)}
     for run in runs.values():
         run.succeeds()
         assert run.job_ends()[0] == "Complete"

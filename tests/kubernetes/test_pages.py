@@ -9,10 +9,10 @@ import shlex
 import subprocess
 import uuid
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import docker
-import kubernetes.utils
 import pytest
 import yaml
 from prefect.run_configs import KubernetesRun
@@ -24,33 +24,34 @@ from tests.conftest import PREFECT, private_registry
 from tests.kubernetes.conftest import (
     FOREVER,
     KUBECTL,
+    LABELS,
+    NAMESPACE,
     SMALL_IMAGE,
     Namespace,
+    Pod,
     Readme,
-    Run,
     Submit,
     Template,
     kubectl,
     replaced,
+    start,
 )
 from tests.support.pages import example, parameters
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
 
-def test_own_template(
-    submit: Submit, patched: Callable[[str], Template], namespace: Namespace, readme: Readme
-) -> None:
+def test_own_template(submit: Submit, patched: Callable[[str], Template], readme: Readme) -> None:
     """On a node with a label of the test's own."""
     key = f"dedicated-{uuid.uuid4().hex[:8]}"
     template = patched(example("own-template").replace("dedicated:", f"{key}:"))
     run = submit(template, command="echo on my own template")
-    run.wait(lambda: "Unschedulable" in str(namespace.pods(run.record.id)), "no node has the label", 60)
+    run.wait(lambda: "Unschedulable" in str(run.pods()), "no node has the label", 60)
     readme("kubectl label node", {"NODE": cluster.NODE, "dedicated=": f"{key}="})
     try:
         run.succeeds("on my own template")
     finally:
-        namespace.core.patch_node(cluster.NODE, {"metadata": {"labels": {key: None}}})
+        kubectl(f"label node {cluster.NODE} {key}-")
 
 
 def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
@@ -59,30 +60,24 @@ def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) ->
     submit(load_job_template("native_sidecar"), **parameters(text)).succeeds("built")
 
 
-def test_volume_claim(
-    submit: Submit, patched: Callable[[str], Template], namespace: Namespace, on_node: Callable[..., str]
-) -> None:
+def test_volume_claim(submit: Submit, patched: Callable[[str], Template], on_node: Callable[..., str]) -> None:
     """On a hostPath volume, for the cluster may have nothing that provides others."""
     name = f"datasets-{uuid.uuid4().hex[:8]}"
-    path = {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"}
     claim = yaml.safe_load(example("volume-claim"))
-    spec = {"capacity": claim["spec"]["resources"]["requests"], "accessModes": claim["spec"]["accessModes"]}
-    volume = {"metadata": {"name": name}, "spec": {**spec, "hostPath": path, "storageClassName": name}}
     claim["spec"]["storageClassName"] = name
-    namespace.core.create_persistent_volume(volume)
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
+    volume["spec"] = {"capacity": claim["spec"]["resources"]["requests"], "accessModes": claim["spec"]["accessModes"]}
+    volume["spec"] |= {"storageClassName": name, "hostPath": {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"}}
+    kubectl("create --filename -", yaml.safe_dump_all([volume, claim]))
     try:
-        namespace.core.create_namespaced_persistent_volume_claim(namespace.name, claim)
         command = ["sh", "-c", "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600"]
-        run = submit(
-            patched(example("volume-patch")), command=command, host_config={"binds": ["/datasets:/datasets"]}
-        )
-        pod = run.container_writes("up")
+        binds = {"binds": ["/datasets:/datasets"]}
+        pod = submit(patched(example("volume-patch")), command=command, host_config=binds).container_writes("up")
         assert on_node("cat", f"/var/lib/{name}/file") == "kept"
-        namespace.execute(pod, "flow-container", "touch", "/datasets/of-the-flow")
-        assert "of-the-flow" in namespace.execute(pod, "dind-daemon", "ls", "/datasets")
+        pod.execute("flow-container", "touch", "/datasets/of-the-flow")
+        assert "of-the-flow" in pod.execute("dind-daemon", "ls", "/datasets")
     finally:
-        namespace.core.delete_namespaced_persistent_volume_claim(claim["metadata"]["name"], namespace.name)
-        namespace.core.delete_persistent_volume(name)
+        kubectl(f"delete --wait=false pvc/datasets pv/{name}")
 
 
 def test_a_secret_reaches_the_container_and_nothing_else(
@@ -108,7 +103,7 @@ print("all", sys.argv[1])
 """
 
 
-def test_network_policy(submit: Submit, namespace: Namespace, agent: str) -> None:
+def test_network_policy(submit: Submit, agent: Pod) -> None:
     """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
     name = f"probe-{uuid.uuid4().hex[:8]}"
     kubectl(f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80")
@@ -117,8 +112,7 @@ def test_network_policy(submit: Submit, namespace: Namespace, agent: str) -> Non
         ask = f"get pod,service {name} --output jsonpath='{{.items[0].status.podIP}} {{.items[1].spec.clusterIP}}'"
         addresses = kubectl(ask).split()
         # the policy is for runs: the Agent's pod reaches the server
-        said = namespace.execute(agent, "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
-        assert "all open" in said
+        assert "all open" in agent.execute("agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
         kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
         run = submit(load_job_template("native_sidecar"), image=PREFECT, command=command, time_limit=120)
@@ -143,7 +137,7 @@ print("so is the second", flush=True)
 
 @pytest.mark.timeout(500)
 def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
-    submit: Submit, namespace: Namespace, readme: Readme, engine: docker.DockerClient, small_image: str, tmp_path: Path
+    submit: Submit, readme: Readme, namespace: Namespace, engine: docker.DockerClient, small_image: str, tmp_path: Path
 ) -> None:
     """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
     with private_registry(
@@ -160,19 +154,16 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
         for old in ("namespace: flows", "namespace: logins", "namespace flows"):
             instead[old] = old.replace(old.split()[1], namespace.name)
         *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
-        for resource in (*others, cron_job):
-            kubernetes.utils.create_from_dict(namespace.api, resource)
+        kubectl("create --filename -", yaml.safe_dump_all([*others, cron_job]))
         pod = submit(command=FOREVER).container_writes("up")
 
-        def in_the_flow(*command: str) -> str:
-            return namespace.execute(pod, "flow-container", *command)
+        def says(text: str) -> None:
+            said = partial(pod.execute, "flow-container", "cat", "/tmp/said")
+            wait_for(lambda: text in said(), text, said, 60)
 
-        def said(text: str) -> Callable[[], bool]:
-            return lambda: text in in_the_flow("cat", "/tmp/said")
-
-        start = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
-        in_the_flow("sh", "-c", start, PULLS, small_image, f"{address}/{SMALL_IMAGE}")
-        wait_for(said("the first pull is over"), "the first pull", lambda: in_the_flow("cat", "/tmp/said"), 60)
+        script = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
+        pod.execute("flow-container", "sh", "-c", script, PULLS, small_image, f"{address}/{SMALL_IMAGE}")
+        says("the first pull is over")
 
         [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
         account = f"--as=system:serviceaccount:{namespace.name}:renew-login"
@@ -187,42 +178,32 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
 
         def current() -> bool:
             # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
-            kubectl(f"annotate --overwrite pod {pod} looked-at={uuid.uuid4()}")
-            found = in_the_flow("cat", "/docker-config/config.json")
+            kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
+            found = pod.execute("flow-container", "cat", "/docker-config/config.json")
             return "expired" not in found and base64.b64encode(b"user:password").decode() in found
 
         wait_for(current, "the pod has the new login", namespace.report, 150)
-        in_the_flow("touch", "/workspace/go")
-        wait_for(said("so is the second"), "the second pull", lambda: in_the_flow("cat", "/tmp/said"), 60)
+        pod.execute("flow-container", "touch", "/workspace/go")
+        says("so is the second")
 
 
-def test_the_stores_of_a_node_are_found(
-    namespace: Namespace, store: str, on_node: Callable[..., str], readme: Readme
-) -> None:
+@pytest.mark.usefixtures("namespace")
+def test_the_stores_of_a_node_are_found(store: str, on_node: Callable[..., str], readme: Readme) -> None:
     on_node("mkdir", "-p", f"{store}/0")
-    instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {namespace.name}"}
+    instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {NAMESPACE}"}
     assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
 
 
 @pytest.mark.timeout(600)
 def test_a_template_of_the_agents_is_changed_without_registering(
-    api: PrefectAPI,
-    flow_id: str,
-    agent: str,
-    namespace: Namespace,
-    small_image: str,
-    readme: Readme,
-    tmp_path: Path,
+    api: PrefectAPI, agent: Pod, namespace: Namespace, small_image: str, readme: Readme
 ) -> None:
     """By the commands of the page."""
 
     def run_says(text: str) -> None:
-        config = KubernetesRun(
-            job_template_path="agent:///job-template/own.yaml", labels=["docker-sidecar"]
-        ).serialize()
+        config = KubernetesRun(job_template_path="agent:///job-template/own.yaml", labels=LABELS).serialize()
         parameters = {"image": small_image, "environment": ["TEMPLATE"], "command": ["sh", "-c", "echo $TEMPLATE"]}
-        run = Run(namespace, api.flow_runs[api.create_flow_run(flow_id, parameters=parameters, run_config=config)])
-        run.succeeds(text)
+        start(api, namespace, parameters=parameters, run_config=config).succeeds(text)
 
     def template(text: str) -> dict[str, str]:
         """How the commands of the page read a template that says a text."""
@@ -236,21 +217,17 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
 
-    def only_the_new_agent() -> str:
-        pods = namespace.core.list_namespaced_pod(namespace.name, label_selector="app=prefect-agent").items
-        # the old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template
-        names = {pod.metadata.name for pod in pods if pod.status.phase == "Running"}
-        return "" if agent in names or len(pods) != 1 else " ".join(names)
-
-    name = wait_for(only_the_new_agent, "only the new Agent runs", namespace.report, 120)
+    # the old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template
+    kubectl(f"wait --for=delete pod {agent.name} --timeout=120s")
+    kubectl("rollout status deployment prefect-agent --timeout=120s")
+    new = namespace.pod("app=prefect-agent")
     run_says("the first template")
     readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
 
     def changed() -> bool:
         # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes
-        annotation = {"metadata": {"annotations": {"looked-at": uuid.uuid4().hex}}}
-        namespace.core.patch_namespaced_pod(name, namespace.name, annotation)
-        return "second" in namespace.execute(name, "agent", "cat", "/job-template/own.yaml")
+        kubectl(f"annotate --overwrite pod {new.name} looked-at={uuid.uuid4()}")
+        return "second" in new.execute("agent", "cat", "/job-template/own.yaml")
 
     wait_for(changed, "the Agent has the new template", namespace.report, 150)
     run_says("the second template")

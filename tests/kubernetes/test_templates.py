@@ -19,7 +19,7 @@ from tests.kubernetes.conftest import (
     FOREVER,
     HEARTBEAT,
     SMALL_IMAGE,
-    Namespace,
+    Pod,
     Readme,
     Run,
     Submit,
@@ -72,8 +72,7 @@ def test_a_run_in_progress(
     submit: Submit,
     template: Template,
     template_name: str,
-    namespace: Namespace,
-    agent: str,
+    agent: Pod,
     engine: docker.DockerClient,
     readme: Readme,
     api: PrefectAPI,
@@ -84,16 +83,16 @@ def test_a_run_in_progress(
     run = submit(template, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
     pod = run.container_writes("up")
     run.wait(lambda: run.record.heartbeats, "a heartbeat", 60)
-    assert_the_flow_has_few_rights(namespace, pod, is_sandbox)
-    assert_nobody_else_reaches_the_daemon(namespace, pod, template_name, agent, engine)
-    assert_the_daemon_is_the_one_that_the_template_names(namespace, pod)
+    assert_the_flow_has_few_rights(pod, is_sandbox)
+    assert_nobody_else_reaches_the_daemon(pod, template_name, agent, engine)
+    assert_the_daemon_is_the_one_that_the_template_names(pod)
     run.logged("10.96.0.1")  # a Service by its name
     if is_sandbox:  # which has no such limits; Docker's words for that are in the run's logs
         run.logged("memory limit capabilities")
         run.logged("CPU period/quota discarded")
     kinds = [line.split()[1][:4] for line in readme("kubectl get jobs,pods").splitlines() if run.record.id in line]
     assert sorted(kinds) == ["job.", "pod/"], "what would be left over"
-    assert_files_go_from_the_container_to_the_flow_and_back(namespace, pod, run)
+    assert_files_go_from_the_container_to_the_flow_and_back(pod, run)
 
     api.cancel(run.record.id)
     run.reaches("Cancelled", timeout=30)
@@ -101,9 +100,9 @@ def test_a_run_in_progress(
     run.logged("saving")
 
 
-def assert_the_flow_has_few_rights(namespace: Namespace, pod: str, is_sandbox: bool) -> None:
+def assert_the_flow_has_few_rights(pod: Pod, is_sandbox: bool) -> None:
     script = "cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets"
-    said = namespace.execute(pod, "flow-container", "sh", "-c", script)
+    said = pod.execute("flow-container", "sh", "-c", script)
     for words in (
         "Uid:\t1000\t",
         "CapEff:\t0000000000000000",
@@ -117,27 +116,26 @@ def assert_the_flow_has_few_rights(namespace: Namespace, pod: str, is_sandbox: b
 
 
 def assert_nobody_else_reaches_the_daemon(
-    namespace: Namespace, pod: str, template_name: str, agent: str, engine: docker.DockerClient
+    pod: Pod, template_name: str, agent: Pod, engine: docker.DockerClient
 ) -> None:
-    address = namespace.core.read_namespaced_pod(pod, namespace.name).status.pod_ip
-    own = namespace.answers(pod, "flow-container", "127.0.0.1")
+    own = pod.asks("flow-container", "127.0.0.1")
     assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
-    assert "refused" in namespace.answers(pod, "flow-container", address), "not even to the pod's own address"
-    assert "refused" in namespace.answers(agent, "agent", address)
-    status, output = engine.containers.get(cluster.NODE).exec_run(["bash", "-c", f"</dev/tcp/{address}/2375"])
+    assert "refused" in pod.asks("flow-container", pod.address), "not even to the pod's own address"
+    assert "refused" in agent.asks("agent", pod.address)
+    status, output = engine.containers.get(cluster.NODE).exec_run(["bash", "-c", f"</dev/tcp/{pod.address}/2375"])
     assert (status, b"refused" in output) == (1, True), output
 
 
-def assert_the_daemon_is_the_one_that_the_template_names(namespace: Namespace, pod: str) -> None:
+def assert_the_daemon_is_the_one_that_the_template_names(pod: Pod) -> None:
     ask = "docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'"
-    version, store = namespace.execute(pod, "dind-daemon", "sh", "-c", ask).split(maxsplit=1)
+    version, store = pod.execute("dind-daemon", "sh", "-c", ask).split(maxsplit=1)
     assert [int(part) for part in version.split(".")] >= [1, 50]
     assert "io.containerd.snapshotter" in store
 
 
-def assert_files_go_from_the_container_to_the_flow_and_back(namespace: Namespace, pod: str, run: Run) -> None:
-    assert namespace.execute(pod, "flow-container", "cat", "/workspace/out") == "from the container\n"
-    namespace.execute(pod, "flow-container", "sh", "-c", "echo from the flow >/workspace/in")
+def assert_files_go_from_the_container_to_the_flow_and_back(pod: Pod, run: Run) -> None:
+    assert pod.execute("flow-container", "cat", "/workspace/out") == "from the container\n"
+    pod.execute("flow-container", "sh", "-c", "echo from the flow >/workspace/in")
     run.container_writes("from the flow")
 
 
@@ -157,7 +155,7 @@ def test_container_exits_3_and_the_run_is_restarted(
 
 
 @pytest.mark.timeout(700)
-def test_flows_that_die(submit: Submit, templates: list[str], namespace: Namespace) -> None:
+def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
     """By SIGKILL, and out of memory; the Agent finds all of them at its next look."""
     starved = [submit(load_job_template(name), memory="48Mi", command="true") for name in templates[:1]]
     killed = [
@@ -167,7 +165,7 @@ def test_flows_that_die(submit: Submit, templates: list[str], namespace: Namespa
     ]
     for run in killed:
         kill = "kill -9 $(grep -lx prefect /proc/[0-9]*/comm | cut -d/ -f3)"
-        namespace.execute(run.container_writes("up"), "flow-container", "sh", "-c", kill)
+        run.container_writes("up").execute("flow-container", "sh", "-c", kill)
     for run in (*starved, *killed):
         assert run.job_ends(180)[0] == "Failed"
         run.reaches("Failed", timeout=2 * HEARTBEAT)
@@ -194,12 +192,9 @@ def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None
     runs["docker_sidecar"].logged("nonsense", 2 * HEARTBEAT)
 
 
-def test_daemon_killed_during_the_run(
-    submit: Submit, template: Template, template_name: str, namespace: Namespace
-) -> None:
+def test_daemon_killed_during_the_run(submit: Submit, template: Template, template_name: str) -> None:
     run = submit(template, command=FOREVER)
-    pod = run.container_writes("up")
-    namespace.execute(pod, "dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
+    run.container_writes("up").execute("dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
     message = run.fails(timeout=60)
     assert "does not answer" in message or message.startswith("Container "), message
     # Kubernetes restarts a native sidecar, which then ends well
@@ -223,18 +218,18 @@ def test_containers_that_cannot_start(submit: Submit, small_image: str) -> None:
     last.job_ends(2 * HEARTBEAT)
 
 
-def test_a_job_that_is_deleted(submit: Submit, template: Template, namespace: Namespace) -> None:
+def test_a_job_that_is_deleted(submit: Submit, template: Template) -> None:
     run = submit(template, command=FOREVER)
     run.container_writes("up")
     run.delete_job()
 
     def ended() -> bool:
-        statuses = [status for pod in namespace.pods(run.record.id) for status in pod.status.container_statuses]
+        statuses = [status for pod in run.pods() for status in pod.status.container_statuses]
         return not any(status.state.running for status in statuses)  # kubelet may call an ended one "waiting"
 
     run.wait(ended, "nothing of the pod runs any more", 20)
     # kubelet may miss that, and finds out when it looks at all its pods, once a minute
-    run.wait(lambda: not namespace.pods(run.record.id), "the pod is gone", 120)
+    run.wait(lambda: not run.pods(), "the pod is gone", 120)
     run.ends_by_sigterm()
 
 
@@ -261,26 +256,26 @@ def test_a_hungry_container_takes_its_pod_not_the_node(submit: Submit, templates
 # What single templates promise
 
 
-def test_kept_layers(submit: Submit, namespace: Namespace, store: str) -> None:
+def test_kept_layers(submit: Submit, store: str) -> None:
     """Two runs have a slot each, a third one a store of its own; after the first one's death its slot is used again."""
     template = edited(load_job_template("kept_layers"), "0 1 2 3 4 5 6 7", "0 1")
     volume(template, "docker-graph-store")["hostPath"]["path"] = store
     runs = [submit(template, command=FOREVER) for _ in range(2)]
     pods = [run.container_writes("up") for run in runs]
     ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
-    roots = [namespace.execute(pod, "dind-daemon", *ask).strip() for pod in pods]
+    roots = [pod.execute("dind-daemon", *ask).strip() for pod in pods]
     assert set(roots) == {"/store/0", "/store/1"}
     submit(template, command="true").succeeds("Downloaded newer image")
 
-    namespace.execute(pods[0], "dind-daemon", "docker", "volume", "create", "left")
-    namespace.core.delete_namespaced_pod(pods[0], namespace.name, grace_period_seconds=0)
+    pods[0].execute("dind-daemon", "docker", "volume", "create", "left")
+    kubectl(f"delete pod {pods[0].name} --force --grace-period=0")
     runs[0].job_ends()
     again = submit(template, command=FOREVER)
     pod = again.container_writes("up")
     again.logged("Image is up to date")
-    assert namespace.execute(pod, "dind-daemon", *ask).strip() == roots[0]
+    assert pod.execute("dind-daemon", *ask).strip() == roots[0]
     left = "docker ps --all --quiet | wc -l; docker volume ls --quiet | wc -l"
-    assert namespace.execute(pod, "dind-daemon", "sh", "-c", left).split() == ["1", "0"], "only its own container"
+    assert pod.execute("dind-daemon", "sh", "-c", left).split() == ["1", "0"], "only its own container"
 
 
 @pytest.fixture
@@ -343,12 +338,12 @@ def test_configuration_ca_login_and_proxy(
 
 @pytest.mark.parametrize("template_name", ["native_sidecar", "gvisor_sidecar"], indirect=True)
 def test_a_container_that_asks_for_everything(
-    submit: Submit, template: Template, template_name: str, namespace: Namespace, on_node: Callable[..., str]
+    submit: Submit, template: Template, template_name: str, on_node: Callable[..., str]
 ) -> None:
     is_sandbox = template_name == "gvisor_sidecar"
     run = submit(template, command=["sh", "-c", LOOK], host_config=GREEDY)
-    name = run.container_writes("up")
-    pod = namespace.core.read_namespaced_pod(name, namespace.name)
+    run.container_writes("up")
+    [pod] = run.pods()
     privileged = [c.security_context.privileged for c in (*pod.spec.containers, *pod.spec.init_containers)]
     assert any(privileged) is not is_sandbox
 
