@@ -285,7 +285,7 @@ def small_image(engine: docker.DockerClient) -> str:
 
 @pytest.fixture(scope="session")
 def templates(engine: docker.DockerClient) -> list[str]:
-    """The templates that the node can run: for gVisor it is the one that `make airgap` builds, or as docs/gvisor.md says."""
+    """The templates that the node can run; for gVisor it is the one of `make airgap`, or made as docs/gvisor.md says."""
     status, _ = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])
     return [name for name in TEMPLATES if name != "gvisor_sidecar" or status == 0]
 

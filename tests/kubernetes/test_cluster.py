@@ -6,6 +6,7 @@ import re
 import socket
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import docker
@@ -45,6 +46,7 @@ until [ -e /workspace/in ]; do sleep 0.2; done
 cat /workspace/in
 sleep 600 & wait
 """
+EAT = ["sh", "-c", "echo up; x=eight888; while :; do x=$x$x; done"]
 # all that a container can ask its daemon for
 GREEDY = {"privileged": True, "pid_mode": "host", "network_mode": "host", "binds": ["/:/host"]}
 LOOK = """
@@ -79,70 +81,54 @@ def test_a_run_in_progress(
     template: Template,
     template_name: str,
     agent: Pod,
-    engine: docker.DockerClient,
+    on_node: Callable[..., str],
     readme: Readme,
     api: PrefectAPI,
 ) -> None:
-    """One run is asked all that the functions below are named for, and is cancelled then."""
+    """One run is asked all that does not end it, and is cancelled then."""
     is_sandbox = template_name == "gvisor_sidecar"
     limits = {"mem_limit": "64m", "memswap_limit": "64m", "cpu_quota": 50_000} if is_sandbox else {}
     run = submit(template, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
     pod = run.container_writes("up")
+    in_the_flow, in_the_daemon = (partial(pod.execute, name, "sh", "-c") for name in ("flow-container", "dind-daemon"))
     run.wait(lambda: run.record.heartbeats, "a heartbeat", 60)
-    assert_the_flow_has_few_rights(pod, is_sandbox)
-    assert_nobody_else_reaches_the_daemon(pod, template_name, agent, engine)
-    assert_the_daemon_is_the_one_that_the_template_names(pod)
-    run.logged("10.96.0.1")  # a Service by its name
+    run.logged("10.96.0.1")  # a Service of the cluster by its name
     if is_sandbox:  # which has no such limits; Docker's words for that are in the run's logs
         run.logged("memory limit capabilities")
         run.logged("CPU period/quota discarded")
-    kinds = [line.split()[1][:4] for line in readme("kubectl get jobs,pods").splitlines() if run.record.id in line]
-    assert sorted(kinds) == ["job.", "pod/"], "what would be left over"
-    assert_files_go_from_the_container_to_the_flow_and_back(pod, run)
+
+    # the flow has few rights
+    said = in_the_flow("cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets")
+    seccomp = "Seccomp:\t0" if is_sandbox else "Seccomp:\t2"  # the sandbox has a filter of its own
+    for words in ("Uid:\t1000\t", f"CapEff:\t{'0' * 16}", f"CapBnd:\t{'0' * 16}", "NoNewPrivs:\t1", seccomp):
+        assert words in said, said
+    assert re.search(r" / \w+ ro,", said), "a root that is read-only"
+    assert "kubernetes.io" not in said, "no token of a service account"
+
+    # nobody else reaches the daemon
+    own = pod.asks("flow-container", "127.0.0.1")
+    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
+    assert "refused" in pod.asks("flow-container", pod.address), "not even to the pod's own address"
+    assert "refused" in agent.asks("agent", pod.address)
+    assert "refused" in on_node("bash", "-c", f"! echo 2>&1 >/dev/tcp/{pod.address}/2375")
+
+    # the daemon is the one that the template names
+    said = in_the_daemon("docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'")
+    assert [int(part) for part in said.split()[0].split(".")] >= [1, 50]
+    assert "io.containerd.snapshotter" in said
+
+    # files go from the container to the flow and back
+    assert in_the_flow("cat /workspace/out") == "from the container\n"
+    in_the_flow("echo from the flow >/workspace/in")
+    run.container_writes("from the flow")
+
+    left = [line.split()[1][:4] for line in readme("kubectl get jobs,pods").splitlines() if run.record.id in line]
+    assert sorted(left) == ["job.", "pod/"], "what the command for left-overs finds"
 
     api.cancel(run.record.id)
     run.reaches("Cancelled", timeout=30)
     run.job_ends(30)
     run.logged("saving")
-
-
-def assert_the_flow_has_few_rights(pod: Pod, is_sandbox: bool) -> None:
-    script = "cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets"
-    said = pod.execute("flow-container", "sh", "-c", script)
-    for words in (
-        "Uid:\t1000\t",
-        "CapEff:\t0000000000000000",
-        "CapBnd:\t0000000000000000",
-        "NoNewPrivs:\t1",
-        "Seccomp:\t0" if is_sandbox else "Seccomp:\t2",  # the sandbox has a filter of its own
-    ):
-        assert words in said, said
-    assert re.search(r" / \w+ ro,", said), "a root that is read-only"
-    assert "kubernetes.io" not in said, "no token of a service account"
-
-
-def assert_nobody_else_reaches_the_daemon(
-    pod: Pod, template_name: str, agent: Pod, engine: docker.DockerClient
-) -> None:
-    own = pod.asks("flow-container", "127.0.0.1")
-    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
-    assert "refused" in pod.asks("flow-container", pod.address), "not even to the pod's own address"
-    assert "refused" in agent.asks("agent", pod.address)
-    status, output = engine.containers.get(cluster.NODE).exec_run(["bash", "-c", f"</dev/tcp/{pod.address}/2375"])
-    assert (status, b"refused" in output) == (1, True), output
-
-
-def assert_the_daemon_is_the_one_that_the_template_names(pod: Pod) -> None:
-    ask = "docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'"
-    version, store = pod.execute("dind-daemon", "sh", "-c", ask).split(maxsplit=1)
-    assert [int(part) for part in version.split(".")] >= [1, 50]
-    assert "io.containerd.snapshotter" in store
-
-
-def assert_files_go_from_the_container_to_the_flow_and_back(pod: Pod, run: Run) -> None:
-    assert pod.execute("flow-container", "cat", "/workspace/out") == "from the container\n"
-    pod.execute("flow-container", "sh", "-c", "echo from the flow >/workspace/in")
-    run.container_writes("from the flow")
 
 
 def test_container_exits_3_and_the_run_is_restarted(
@@ -163,32 +149,26 @@ def test_container_exits_3_and_the_run_is_restarted(
 @pytest.mark.timeout(700)
 def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
     """By SIGKILL, and out of memory; the Agent finds all of them at its next look."""
-    starved = [submit(load_job_template(name), memory="48Mi", command="true") for name in templates[:1]]
-    killed = [
-        # in gVisor only the sum of the pod's limits holds, so the flow runs with as little
-        submit(load_job_template(name), memory="48Mi" if name == "gvisor_sidecar" else None, command=FOREVER)
-        for name in templates
-    ]
+    starved = submit(memory="48Mi", command="true")
+    # in gVisor only the sum of the pod's limits holds, so the flow runs with as little
+    memory = {"gvisor_sidecar": "48Mi"}
+    killed = [submit(load_job_template(name), memory.get(name), command=FOREVER) for name in templates]
     for run in killed:
         kill = "kill -9 $(grep -lx prefect /proc/[0-9]*/comm | cut -d/ -f3)"
         run.container_writes("up").execute("flow-container", "sh", "-c", kill)
-    for run in (*starved, *killed):
+    for run in (starved, *killed):
         assert run.job_ends(180)[0] == "Failed"
         run.reaches("Failed", timeout=2 * HEARTBEAT)
-    for run in killed:
-        assert "Kubernetes Error" in run.record.message
-    for run in starved:
-        run.logged("Reason: OOMKilled")
+        assert run is starved or "Kubernetes Error" in run.record.message
+    starved.logged("Reason: OOMKilled")
 
 
 @pytest.mark.timeout(700)
 def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None:
-    runs = {
-        name: submit(with_argument(load_job_template(name), "--storage-driver=nonsense"), command="true")
-        for name in templates
-    }
+    broken = {name: with_argument(load_job_template(name), "--storage-driver=nonsense") for name in templates}
     # refused before dockerd starts: the hook of kept_layers gives up, so that the flow starts and says what is wrong
-    runs["refused"] = submit(with_argument(load_job_template("kept_layers"), "--mtu=many"), command="true")
+    broken["refused"] = with_argument(load_job_template("kept_layers"), "--mtu=many")
+    runs = {name: submit(template, command="true") for name, template in broken.items()}
     for run in runs.values():
         message = run.fails(timeout=120)
         assert "does not answer" in message or "did not answer" in message
@@ -240,13 +220,13 @@ def test_a_job_that_is_deleted(submit: Submit, template: Template) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_a_hungry_container_takes_its_pod_not_the_node(submit: Submit, templates: list[str]) -> None:
+def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates: list[str]) -> None:
     """Of kept_layers only the store is another than native_sidecar's."""
     runs = {}
     for name in set(templates) - {"kept_layers"}:
         template = load_job_template(name)
         daemon_of(template)["resources"]["limits"]["memory"] = "512Mi"
-        runs[name] = submit(template, command=["sh", "-c", "echo up; x=eight888; while :; do x=$x$x; done"])
+        runs[name] = submit(template, command=EAT)
     for name, run in runs.items():
         message = run.fails(timeout=240)
         if name == "gvisor_sidecar":  # the sandbox is one process, so the flow ends too, and the Agent says so
@@ -256,7 +236,10 @@ def test_a_hungry_container_takes_its_pod_not_the_node(submit: Submit, templates
             # the container, or dockerd itself: they are out of memory together
             assert "exited with code 137" in message or "does not answer" in message, run.seen()
         run.job_ends()
-    submit(command="echo the node is well").succeeds()
+    # the node is well, and a container with a limit of its own dies alone
+    run = submit(command=EAT, host_config={"mem_limit": "32m", "memswap_limit": "32m"})
+    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.fails()
+    assert run.job_ends()[0] == "Complete"
 
 
 # What single templates promise
@@ -401,13 +384,6 @@ def test_runs_of_all_templates_at_once(
     for run in runs.values():
         run.wait(lambda run=run: not run.pods(), "the Agent has deleted the Job", 2 * HEARTBEAT)
         run.wait(lambda run=run: namespace.jobs[run.record.id][-1][1] == "DELETED", "the Job is gone", 10)
-
-
-def test_container_out_of_its_own_memory(submit: Submit) -> None:
-    eat = ["sh", "-c", "x=eight888; while :; do x=$x$x; done"]
-    run = submit(command=eat, host_config={"mem_limit": "32m", "memswap_limit": "32m"})
-    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.fails()
-    assert run.job_ends()[0] == "Complete"
 
 
 # Pods that end before their run does: Kubernetes does the same with the pod of each template
