@@ -285,7 +285,7 @@ def small_image(engine: docker.DockerClient) -> str:
 
 @pytest.fixture(scope="session")
 def templates(engine: docker.DockerClient) -> list[str]:
-    """The templates that the node can run; for gVisor it is the one of `make airgap`, or made as docs/gvisor.md says."""
+    """The templates that the node can run; for gVisor it is the one of `make airgap`, or as docs/gvisor.md says."""
     status, _ = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])
     return [name for name in TEMPLATES if name != "gvisor_sidecar" or status == 0]
 
@@ -331,11 +331,6 @@ def daemon_of(template: Template) -> dict[str, Any]:
     """The container of a template that runs the Docker daemon."""
     pod = template["spec"]["template"]["spec"]
     [found] = [c for c in (*pod["containers"], *pod.get("initContainers", [])) if c["name"] == "dind-daemon"]
-    return found  # type: ignore[no-any-return]
-
-
-def volume(template: Template, name: str) -> dict[str, Any]:
-    [found] = [v for v in template["spec"]["template"]["spec"]["volumes"] if v["name"] == name]
     return found  # type: ignore[no-any-return]
 
 

@@ -55,7 +55,8 @@ def team(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace]:
         wait_for(lambda: "no namespaces" in tried(pod(hostNetwork=True)), "the policy is in force", found.report, 60)
         yield found
     finally:
-        shell(f"kubectl delete validatingadmissionpolicybinding,validatingadmissionpolicy,namespace {TEAM} --wait=false")
+        kinds = "validatingadmissionpolicybinding,validatingadmissionpolicy,namespace"
+        shell(f"kubectl delete {kinds} {TEAM} --wait=false")
         shell(f"kubectl --namespace {TEAM} delete pods --all --now --wait=false")
 
 
@@ -119,8 +120,8 @@ def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str
     spec = {"template": {"spec": {**pod()["spec"], "restartPolicy": "Never"}}}
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "tried"}, "spec": spec}
     assert "only the Agent may create Jobs" in tried(job)
-    shell(f"kubectl --namespace {TEAM} create --filename -", stdin=json.dumps(pod()))
-    debug = f"kubectl --namespace {TEAM} debug tried --image busybox --profile sysadmin || true"
+    shell(f"kubectl --namespace {TEAM} run debugged --image busybox")
+    debug = f"kubectl --namespace {TEAM} debug debugged --image busybox --profile sysadmin || true"
     assert "no privileged debug containers" in shell(debug)
 
 

@@ -31,7 +31,6 @@ from tests.kubernetes.conftest import (
     edited,
     kubectl,
     start,
-    volume,
 )
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
@@ -62,15 +61,6 @@ for process in $(grep -l "pod$0" /proc/[0-9]*/cgroup | cut -d/ -f3); do
     echo $(readlink /proc/$process/ns/user && sed -n 's/^CapEff:.//p' /proc/$process/status)
 done 2>/dev/null
 """
-
-
-def with_argument(template: Template, argument: str) -> Template:
-    """The job template with one more argument for dockerd."""
-    daemon = daemon_of(template)
-    if "args" in daemon:
-        daemon["args"].append(argument)
-        return template
-    return edited(template, "--host=tcp://127.0.0.1:2375", f"--host=tcp://127.0.0.1:2375 {argument}")
 
 
 # What all templates promise
@@ -165,9 +155,10 @@ def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
 
 @pytest.mark.timeout(700)
 def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None:
-    broken = {name: with_argument(load_job_template(name), "--storage-driver=nonsense") for name in templates}
+    unknown = partial(edited, old="--log-driver=local", new="--storage-driver=nonsense")
+    broken = {name: unknown(load_job_template(name)) for name in templates}
     # refused before dockerd starts: the hook of kept_layers gives up, so that the flow starts and says what is wrong
-    broken["refused"] = with_argument(load_job_template("kept_layers"), "--mtu=many")
+    broken["refused"] = edited(load_job_template("kept_layers"), "--log-driver=local", "--mtu=many")
     runs = {name: submit(template, command="true") for name, template in broken.items()}
     for run in runs.values():
         message = run.fails(timeout=120)
@@ -248,7 +239,7 @@ def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates
 def test_kept_layers(submit: Submit, store: str) -> None:
     """Two runs have a slot each, a third one a store of its own; after the first one's death its slot is used again."""
     template = edited(load_job_template("kept_layers"), "0 1 2 3 4 5 6 7", "0 1")
-    volume(template, "docker-graph-store")["hostPath"]["path"] = store
+    template = edited(template, "/var/lib/docker-sidecar", store)
     runs = [submit(template, command=FOREVER) for _ in range(2)]
     pods = [run.container_writes("up") for run in runs]
     ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
@@ -284,24 +275,15 @@ def private_image(engine: docker.DockerClient, tmp_path: Path) -> Iterator[str]:
 
 
 def test_configuration_ca_login_and_proxy(
-    submit: Submit,
-    readme: Readme,
-    private_image: str,
-    template: Template,
-    template_name: str,
-    store: str,
-    tmp_path: Path,
+    submit: Submit, readme: Readme, private_image: str, template_name: str, store: str, tmp_path: Path
 ) -> None:
     """By the ConfigMap and the Secret of the pages. What is missing is said by the flow, so one template tells."""
-    name, tells = f"private-{uuid.uuid4().hex[:8]}", template_name == "native_sidecar"
-    volume(template, "daemon-config")["configMap"]["name"] = name
-    volume(template, "registry-credentials")["secret"]["secretName"] = name
-    if "hostPath" in (graph_store := volume(template, "docker-graph-store")):
-        graph_store["hostPath"]["path"] = store  # another run may have pulled this image on the node
+    name, tells = Path(store).name, template_name == "native_sidecar"
+    template = edited(load_job_template(template_name), "docker-sidecar", name)  # another run may have filled the store
     # Row 1: the Agent's NO_PROXY takes the place of the template's
     proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "172.16.0.0/12"}
-    [flow] = template["spec"]["template"]["spec"]["containers"][:1]
-    flow["env"] += [{"name": key, "value": value} for key, value in proxy.items()]
+    env = template["spec"]["template"]["spec"]["containers"][0]["env"]
+    env += [{"name": key, "value": value} for key, value in proxy.items()]
     instead = {  # the kubectl of the tests is on the node
         "configmap docker-sidecar": f"configmap {name}",
         "docker-registry docker-sidecar": f"docker-registry {name}",

@@ -249,8 +249,8 @@ def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
     """A flow run's process, as an Agent would start it."""
     environment |= {"PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"}
     environment |= {**api.env, "PREFECT__CONTEXT__FLOW_RUN_ID": run.record.id}
-    program = Path(sys.executable).with_name("prefect")
-    process = subprocess.Popen([program, "execute", "flow-run"], env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    command = [Path(sys.executable).with_name("prefect"), "execute", "flow-run"]
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
     try:
         yield
     finally:
