@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -71,11 +72,8 @@ def measure(
 
 def template(name: str) -> dict[str, Any]:
     """A template; if it keeps its layers on the node, then in a folder of this run's own."""
-    job = load_job_template(name)
-    for volume in job["spec"]["template"]["spec"]["volumes"]:
-        if "hostPath" in volume:
-            volume["hostPath"]["path"] = f"/var/lib/docker-sidecar-bench-{uuid.uuid4()}"
-    return job
+    text, path = json.dumps(load_job_template(name)), "/var/lib/docker-sidecar"
+    return dict(json.loads(text.replace(path, f"{path}-bench-{uuid.uuid4()}")))
 
 
 def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
