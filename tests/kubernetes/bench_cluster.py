@@ -33,8 +33,7 @@ def quiet(namespace: Namespace, on_node: Callable[..., str]) -> Callable[[], Non
 
     def quiet() -> None:
         namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
-        pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
-        wait_for(lambda: not pods().items, "no run is left", namespace.report, 120)
+        wait_for(lambda: not namespace.pods(LABEL), "no run is left", namespace.report, 120)
         on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar-bench-*; sync")
 
     return quiet

@@ -379,11 +379,7 @@ class Run:
 
     def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
         """Wait until the Job has ended; how, and when that was seen."""
-        ended: tuple[str, datetime] = self.wait(self.job_ended, "its Job has ended", timeout)
-        return ended
-
-    def job_ended(self) -> tuple[str, datetime] | None:
-        return self.namespace.job_ended(self.record.id)
+        return self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
 
     def delete_job(self) -> None:
         """Delete the Job as `kubectl delete` does."""
