@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import socket
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

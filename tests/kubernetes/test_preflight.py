@@ -59,9 +59,7 @@ def put(place: str, namespace: Namespace) -> Put:
 
 
 @pytest.fixture
-def check(
-    place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Check:
+def check(place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
     """Run all checks, of which those of these names shall be wrong; returns all that is said."""
     ours = {"NAMESPACE": place, "SERVICE_ACCOUNT": "default", "PROJECT": "containers"}
 
