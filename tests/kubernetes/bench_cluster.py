@@ -17,7 +17,7 @@ import pytest
 
 from flows.settings import load_job_template
 from scripts.base import PREFECT
-from tests.kubernetes.conftest import TEMPLATES, Namespace, Submit
+from tests.kubernetes.conftest import TEMPLATES, Namespace, Submit, on_node
 from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
 from tests.support.waiting import wait_for
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(5400)
 
 
 @pytest.fixture
-def quiet(namespace: Namespace, on_node: Callable[..., str]) -> Callable[[], None]:
+def quiet(namespace: Namespace) -> Callable[[], None]:
     """Wait until no run is left, and the node has no store and nothing to write."""
 
     def quiet() -> None:
@@ -40,9 +40,7 @@ def quiet(namespace: Namespace, on_node: Callable[..., str]) -> Callable[[], Non
 
 
 @pytest.fixture
-def measure(
-    submit: Submit, namespace: Namespace, on_node: Callable[..., str], quiet: Callable[[], None]
-) -> Callable[..., Row]:
+def measure(submit: Submit, namespace: Namespace, quiet: Callable[[], None]) -> Callable[..., Row]:
     """Run the flow on a template, and say when what happened."""
 
     def measure(template: dict[str, Any], again: bool = False, **parameters: Any) -> Row:

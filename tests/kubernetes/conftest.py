@@ -24,13 +24,14 @@ import kubernetes.stream
 import kubernetes.utils
 import kubernetes.watch
 import pytest
+import trustme
 import urllib3
 from prefect.run_configs import KubernetesRun
 
 from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from flows.states import SIGTERM_CAUSE
 from scripts import cluster, registry
-from tests.conftest import SESSION, WORKER, busybox, provided, set_up_before_workers
+from tests.conftest import SESSION, WORKER, busybox, private_registry, provided, set_up_before_workers, tar
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
@@ -148,6 +149,11 @@ def kubectl(command: str, stdin: str | None = None) -> str:
     return shell(f"kubectl --namespace {NAMESPACE} {command}", stdin=stdin)
 
 
+def on_node(*command: str) -> str:
+    """Run a command on the node, and return what it writes."""
+    return shell(shlex.join(["docker", "exec", cluster.NODE, *command])).strip()
+
+
 def replaced(text: str, instead: Mapping[str, str]) -> str:
     for old, new in instead.items():
         text = text.replace(old, new)
@@ -162,29 +168,23 @@ def prefect_api(client: docker.DockerClient) -> Iterator[PrefectAPI]:
         ask = ["bash", "-c", f"</dev/tcp/{gateway}/{found.server_port}"]
         status, output = client.containers.get(cluster.NODE).exec_run(ask)
         assert status == 0, f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
+        os.environ["DOCKER_SIDECAR_TESTS_API"] = found.url
         yield found
     assert not found.errors
 
 
-class Readme:
-    """Runs commands of the pages as a user does, but on what is there for the tests."""
-
-    def __init__(self, api: PrefectAPI) -> None:
-        self.names = {
-            "http://your-server:4200": api.url,
-            "registry.example.com/team/": f"{registry.REGISTRY}/",
-            "namespace flows": f"namespace {NAMESPACE}",
-            "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
-        }
-
-    def __call__(self, start: str, instead: Mapping[str, str] | None = None) -> str:
-        """Run the one command that starts like this."""
-        exports = [command for command in commands() if command.startswith("export ")]
-        script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
-        script = replaced(script, {**self.names, **(instead or {})})
-        # with a tag that the node has not pulled
-        own = {"HOME": os.environ["DOCKER_SIDECAR_TESTS"], "FLOW_IMAGE_TAG": SESSION}
-        return shell(script, KUBECONFIG=str(cluster.KUBECONFIG), **own)
+def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
+    """Run the one command of the pages that starts like this, as a user does, but on what is there for the tests."""
+    names = {
+        "http://your-server:4200": os.environ["DOCKER_SIDECAR_TESTS_API"],
+        "registry.example.com/team/": f"{registry.REGISTRY}/",
+        "namespace flows": f"namespace {NAMESPACE}",
+        "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
+    }
+    exports = [command for command in commands() if command.startswith("export ")]
+    script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
+    own = {"HOME": os.environ["DOCKER_SIDECAR_TESTS"], "FLOW_IMAGE_TAG": SESSION}  # a tag that the node has not pulled
+    return shell(replaced(script, {**names, **(instead or {})}), KUBECONFIG=str(cluster.KUBECONFIG), **own)
 
 
 @contextmanager
@@ -202,7 +202,6 @@ def clustered() -> Iterator[docker.DockerClient]:
         kubectl.write_text(KUBECTL)
         kubectl.chmod(0o755)
         with prefect_api(client) as api:
-            readme = Readme(api)
             readme("prefect backend server")
             readme("prefect create project")
             readme("prefect register")
@@ -236,24 +235,7 @@ def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
 
 
 @pytest.fixture(scope="session")
-def readme(api: PrefectAPI) -> Readme:
-    return Readme(api)
-
-
-@pytest.fixture(scope="session")
-def on_node(engine: docker.DockerClient) -> Callable[..., str]:
-    """Run a command on the node, and return what it writes."""
-
-    def on_node(*command: str) -> str:
-        status, output = engine.containers.get(cluster.NODE).exec_run([*command])
-        assert status == 0, output
-        return str(output.decode()).strip()
-
-    return on_node
-
-
-@pytest.fixture(scope="session")
-def namespace(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace]:
+def namespace(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
     readme("kubectl create namespace")
     readme("kubectl label namespace")
     found = Namespace(cluster.api(), NAMESPACE)
@@ -265,7 +247,7 @@ def namespace(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace
 
 
 @pytest.fixture(scope="session")
-def deployment(namespace: Namespace, readme: Readme) -> None:
+def deployment(namespace: Namespace) -> None:
     """The real Agent, from the manifests that the CLI writes."""
     readme("prefect agent kubernetes install --rbac")
     kubectl("rollout status deployment prefect-agent --timeout=180s")
@@ -286,8 +268,8 @@ def small_image(engine: docker.DockerClient) -> str:
 @pytest.fixture(scope="session")
 def templates(engine: docker.DockerClient) -> list[str]:
     """The templates that the node can run; for gVisor it is the one of `make airgap`, or as docs/gvisor.md says."""
-    status, _ = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", "command -v containerd-shim-runsc-v1"])
-    return [name for name in TEMPLATES if name != "gvisor_sidecar" or status == 0]
+    gvisor = on_node("sh", "-c", "command -v containerd-shim-runsc-v1 || true")
+    return [name for name in TEMPLATES if name != "gvisor_sidecar" or gvisor]
 
 
 @pytest.fixture(params=TEMPLATES)
@@ -299,32 +281,27 @@ def template_name(request: pytest.FixtureRequest, templates: list[str]) -> str:
 
 
 @pytest.fixture
-def template(template_name: str) -> Template:
-    return load_job_template(template_name)
-
-
-@pytest.fixture
-def patched(readme: Readme, tmp_path: Path) -> Callable[[str], Template]:
-    """Make native_sidecar with a patch, by the command of docs/template.md."""
-
-    def patched(patch: str) -> Template:
-        instead = {  # the tests' kubectl may be on the node, where these files are not
-            "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
-            "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
-            "job_templates/own.yaml": str(tmp_path / "own.yaml"),
-        }
-        readme("kubectl patch --local", instead)
-        return load_job_template(str(tmp_path / "own.yaml"))
-
-    return patched
-
-
-@pytest.fixture
-def store(on_node: Callable[..., str]) -> Iterator[str]:
+def store() -> Iterator[str]:
     """A folder on the node for layers, of a test's own."""
     path = f"/var/lib/docker-sidecar-{uuid.uuid4().hex[:8]}"
     yield path
     on_node("rm", "-rf", path)
+
+
+@pytest.fixture
+def private_image(engine: docker.DockerClient, tmp_path: Path) -> Iterator[str]:
+    """The small image in a registry that asks for a password; a CA of its own, in tmp_path, has signed for it."""
+    tls = {"REGISTRY_HTTP_TLS_CERTIFICATE": "/cert", "REGISTRY_HTTP_TLS_KEY": "/key"}
+    volumes = {"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
+    with private_registry(engine, tls, network=cluster.NETWORK, volumes=volumes) as found:
+        address = found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
+        authority = trustme.CA()
+        certificate = authority.issue_cert(address)
+        authority.cert_pem.write_to_path(str(tmp_path / "company-ca.crt"))
+        key, cert = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
+        found.put_archive("/", tar({"key": key, "cert": cert}))
+        wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
+        yield f"{address}:5000/{SMALL_IMAGE}"
 
 
 def daemon_of(template: Template) -> dict[str, Any]:
@@ -334,9 +311,9 @@ def daemon_of(template: Template) -> dict[str, Any]:
     return found  # type: ignore[no-any-return]
 
 
-def edited(template: Template, old: str, new: str) -> Template:
-    """The job template with one change."""
-    text = json.dumps(template)
+def edited(template: str, old: str, new: str) -> Template:
+    """A job template with one change of its text, as JSON."""
+    text = json.dumps(load_job_template(template))
     assert old in text
     return dict(json.loads(text.replace(old, new)))
 
@@ -414,8 +391,8 @@ def submit(namespace: Namespace, api: PrefectAPI, deployment: None, small_image:
     """Submit a run of the flow, on a job template of its own if need be."""
     runs: list[Run] = []
 
-    def submit(template: Template | None = None, memory: str | None = None, **parameters: Any) -> Run:
-        job = template or load_job_template("docker_sidecar")
+    def submit(template: Template | str = "docker_sidecar", memory: str | None = None, **parameters: Any) -> Run:
+        job = load_job_template(template) if isinstance(template, str) else template
         config = KubernetesRun(job_template=job, memory_request=memory, memory_limit=memory, labels=LABELS).serialize()
         runs.append(start(api, namespace, parameters={"image": small_image, **parameters}, run_config=config))
         return runs[-1]

@@ -15,7 +15,7 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import NAMESPACE, Namespace, Readme, Run, daemon_of, replaced, shell, start
+from tests.kubernetes.conftest import NAMESPACE, Namespace, Run, daemon_of, readme, replaced, shell, start
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
@@ -43,7 +43,7 @@ POLICY = {"admission-policy.yaml": here(example("admission-policy"))}
 
 
 @pytest.fixture(scope="module")
-def team(engine: docker.DockerClient, readme: Readme) -> Iterator[Namespace]:
+def team(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
     """A second namespace, as docs/operations.md adds one."""
     readme("kubectl create namespace", HERE)
     readme("kubectl label namespace", HERE)
@@ -81,9 +81,7 @@ def tried(body: Body, user: str = "") -> str:
     return shell(f"kubectl create {options} --filename - || true", stdin=json.dumps(body))
 
 
-def test_a_run_under_the_policy_with_an_agent_of_few_rights(
-    team: Namespace, api: PrefectAPI, small_image: str, readme: Readme
-) -> None:
+def test_a_run_under_the_policy_with_an_agent_of_few_rights(team: Namespace, api: PrefectAPI, small_image: str) -> None:
     """One with the policy's image of the daemon, and one with another; the Agent deletes the Job that has ended."""
 
     def submit(image: str) -> Run:
@@ -125,7 +123,7 @@ def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str
     assert "no privileged debug containers" in shell(debug)
 
 
-def test_a_rule_for_the_node_pool(team: Namespace, readme: Readme) -> None:
+def test_a_rule_for_the_node_pool(team: Namespace) -> None:
     """Added to the policy of the page."""
     rule = [{"op": "add", "path": "/spec/validations/-", "value": yaml.safe_load(example("node-pool-rule"))[0]}]
     shell(f"kubectl patch validatingadmissionpolicy {TEAM} --type json --patch {shlex.quote(json.dumps(rule))}")

@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import re
 import socket
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import docker
 import pytest
-import trustme
 import yaml
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from tests.conftest import private_registry, tar
 from tests.kubernetes.conftest import (
     FOREVER,
     HEARTBEAT,
-    SMALL_IMAGE,
     Namespace,
     Pod,
-    Readme,
     Run,
     Submit,
-    Template,
     daemon_of,
     edited,
     kubectl,
+    on_node,
+    readme,
     start,
 )
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
-from tests.support.waiting import wait_for
 
 ASKS = """
 trap 'echo saving; exit' TERM
@@ -67,17 +61,14 @@ done 2>/dev/null
 
 def test_a_run_in_progress(
     submit: Submit,
-    template: Template,
     template_name: str,
     agent: Pod,
-    on_node: Callable[..., str],
-    readme: Readme,
     api: PrefectAPI,
 ) -> None:
     """One run is asked all that does not end it, and is cancelled then."""
     is_sandbox = template_name == "gvisor_sidecar"
     limits = {"mem_limit": "64m", "memswap_limit": "64m", "cpu_quota": 50_000} if is_sandbox else {}
-    run = submit(template, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
+    run = submit(template_name, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
     pod = run.container_writes("up")
     in_the_flow, in_the_daemon = (partial(pod.execute, name, "sh", "-c") for name in ("flow-container", "dind-daemon"))
     run.wait(lambda: run.record.heartbeats, "a heartbeat", 60)
@@ -120,11 +111,9 @@ def test_a_run_in_progress(
     run.logged("saving")
 
 
-def test_container_exits_3_and_the_run_is_restarted(
-    submit: Submit, template: Template, template_name: str, api: PrefectAPI
-) -> None:
+def test_container_exits_3_and_the_run_is_restarted(submit: Submit, template_name: str, api: PrefectAPI) -> None:
     """Row 2: what the UI's button does. The new pod's daemon has no containers, so everything runs again."""
-    run = submit(template, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
+    run = submit(template_name, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
     assert "exited with code 3" in run.fails()
     assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
     run.logged("Flow run FAILED")
@@ -141,7 +130,7 @@ def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
     starved = submit(memory="48Mi", command="true")
     # in gVisor only the sum of the pod's limits holds, so the flow runs with as little
     memory = {"gvisor_sidecar": "48Mi"}
-    killed = [submit(load_job_template(name), memory.get(name), command=FOREVER) for name in templates]
+    killed = [submit(name, memory.get(name), command=FOREVER) for name in templates]
     for run in killed:
         kill = "kill -9 $(grep -lx prefect /proc/[0-9]*/comm | cut -d/ -f3)"
         run.container_writes("up").execute("flow-container", "sh", "-c", kill)
@@ -154,10 +143,9 @@ def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
 
 @pytest.mark.timeout(700)
 def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None:
-    unknown = partial(edited, old="--log-driver=local", new="--storage-driver=nonsense")
-    broken = {name: unknown(load_job_template(name)) for name in templates}
+    broken = {name: edited(name, "--log-driver=local", "--storage-driver=nonsense") for name in templates}
     # refused before dockerd starts: the hook of kept_layers gives up, so that the flow starts and says what is wrong
-    broken["refused"] = edited(load_job_template("kept_layers"), "--log-driver=local", "--mtu=many")
+    broken["refused"] = edited("kept_layers", "--log-driver=local", "--mtu=many")
     runs = {name: submit(template, command="true") for name, template in broken.items()}
     for run in runs.values():
         message = run.fails(timeout=120)
@@ -168,8 +156,8 @@ def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None
     runs["docker_sidecar"].logged("nonsense", 2 * HEARTBEAT)
 
 
-def test_daemon_killed_during_the_run(submit: Submit, template: Template, template_name: str) -> None:
-    run = submit(template, command=FOREVER)
+def test_daemon_killed_during_the_run(submit: Submit, template_name: str) -> None:
+    run = submit(template_name, command=FOREVER)
     run.container_writes("up").execute("dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
     message = run.fails(timeout=60)
     assert "does not answer" in message or message.startswith("Container "), message
@@ -185,7 +173,7 @@ def test_containers_that_cannot_start(submit: Submit, small_image: str) -> None:
         template = load_job_template("docker_sidecar")
         template["spec"]["template"]["spec"]["containers"][0]["command"] = command
         runs.append(submit(template, command="true"))
-    no_image = edited(load_job_template("docker_sidecar"), daemon_of(template)["image"], f"{small_image}-not")
+    no_image = edited("docker_sidecar", daemon_of(template)["image"], f"{small_image}-not")
     last = submit(no_image, command="true")
     for run in runs:
         assert run.job_ends(150)[0] == "Failed"
@@ -194,8 +182,8 @@ def test_containers_that_cannot_start(submit: Submit, small_image: str) -> None:
     last.job_ends(2 * HEARTBEAT)
 
 
-def test_a_job_that_is_deleted(submit: Submit, template: Template) -> None:
-    run = submit(template, command=FOREVER)
+def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
+    run = submit(template_name, command=FOREVER)
     run.container_writes("up")
     run.delete_job()
 
@@ -237,8 +225,9 @@ def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates
 
 def test_kept_layers(submit: Submit, store: str) -> None:
     """Two runs have a slot each, a third one a store of its own; after the first one's death its slot is used again."""
-    template = edited(load_job_template("kept_layers"), "0 1 2 3 4 5 6 7", "0 1")
-    template = edited(template, "/var/lib/docker-sidecar", store)
+    template = edited("kept_layers", "/var/lib/docker-sidecar", store)
+    command = daemon_of(template)["command"]
+    command[2] = command[2].replace("0 1 2 3 4 5 6 7", "0 1")
     runs = [submit(template, command=FOREVER) for _ in range(2)]
     pods = [run.container_writes("up") for run in runs]
     ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
@@ -257,28 +246,12 @@ def test_kept_layers(submit: Submit, store: str) -> None:
     assert pod.execute("dind-daemon", "sh", "-c", left).split() == ["1", "0"], "only its own container"
 
 
-@pytest.fixture
-def private_image(engine: docker.DockerClient, tmp_path: Path) -> Iterator[str]:
-    """The small image in a registry that asks for a password; a CA of its own, in tmp_path, has signed for it."""
-    tls = {"REGISTRY_HTTP_TLS_CERTIFICATE": "/cert", "REGISTRY_HTTP_TLS_KEY": "/key"}
-    volumes = {"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
-    with private_registry(engine, tls, network=cluster.NETWORK, volumes=volumes) as found:
-        address = found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
-        authority = trustme.CA()
-        certificate = authority.issue_cert(address)
-        authority.cert_pem.write_to_path(str(tmp_path / "company-ca.crt"))
-        key, cert = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
-        found.put_archive("/", tar({"key": key, "cert": cert}))
-        wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
-        yield f"{address}:5000/{SMALL_IMAGE}"
-
-
 def test_configuration_ca_login_and_proxy(
-    submit: Submit, readme: Readme, private_image: str, template_name: str, store: str, tmp_path: Path
+    submit: Submit, private_image: str, template_name: str, store: str, tmp_path: Path
 ) -> None:
     """By the ConfigMap and the Secret of the pages. What is missing is said by the flow, so one template tells."""
     name, tells = Path(store).name, template_name == "native_sidecar"
-    template = edited(load_job_template(template_name), "docker-sidecar", name)  # another run may have filled the store
+    template = edited(template_name, "docker-sidecar", name)  # another run may have filled the store
     # Row 1: the Agent's NO_PROXY takes the place of the template's
     proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "172.16.0.0/12"}
     env = template["spec"]["template"]["spec"]["containers"][0]["env"]
@@ -307,11 +280,9 @@ def test_configuration_ca_login_and_proxy(
 
 
 @pytest.mark.parametrize("template_name", ["native_sidecar", "gvisor_sidecar"], indirect=True)
-def test_a_container_that_asks_for_everything(
-    submit: Submit, template: Template, template_name: str, on_node: Callable[..., str]
-) -> None:
+def test_a_container_that_asks_for_everything(submit: Submit, template_name: str) -> None:
     is_sandbox = template_name == "gvisor_sidecar"
-    run = submit(template, command=["sh", "-c", LOOK], host_config=GREEDY)
+    run = submit(template_name, command=["sh", "-c", LOOK], host_config=GREEDY)
     run.container_writes("up")
     [pod] = run.pods()
     privileged = [c.security_context.privileged for c in (*pod.spec.containers, *pod.spec.init_containers)]
@@ -341,7 +312,7 @@ def test_the_node_is_configured_as_the_page_says() -> None:
 # What does not depend on the template
 
 
-def test_the_pages(readme: Readme, agent: Pod, api: PrefectAPI, namespace: Namespace, small_image: str) -> None:
+def test_the_pages(agent: Pod, api: PrefectAPI, namespace: Namespace, small_image: str) -> None:
     """After what the fixtures have run of them, in the order of README.md."""
     said = readme("make preflight NAMESPACE=flows")
     assert "wrong" not in said, said
@@ -356,7 +327,7 @@ def test_runs_of_all_templates_at_once(
     submit: Submit, api: PrefectAPI, namespace: Namespace, templates: list[str]
 ) -> None:
     """And one of the flow as it was registered, with its defaults."""
-    runs = {f"a run of {name}": submit(load_job_template(name), command=f"echo a run of {name}") for name in templates}
+    runs = {f"a run of {name}": submit(name, command=f"echo a run of {name}") for name in templates}
     runs["Beginning Flow run for 'empty'"] = start(api, namespace)
     for text, run in runs.items():
         run.succeeds(text, timeout=240)
@@ -381,7 +352,7 @@ def test_a_job_that_is_out_of_time(submit: Submit) -> None:
 
 def test_a_node_that_is_drained(submit: Submit) -> None:
     """By evictions. Only of this run's pod: other tests use the node."""
-    run = submit(load_job_template("native_sidecar"), command=FOREVER)
+    run = submit("native_sidecar", command=FOREVER)
     run.container_writes("up")
     selector = f"--pod-selector={run.selector}"
     try:
@@ -396,7 +367,7 @@ def test_a_pod_that_is_deleted_during_the_pull(submit: Submit, api: PrefectAPI) 
     host = api.server_address[0]
     with socket.create_server((host, 0)) as silent:
         image = f"{host}:{silent.getsockname()[1]}/none:1"
-        run = submit(load_job_template("native_sidecar"), image=image)
+        run = submit("native_sidecar", image=image)
         pod = run.container_writes(f"Pulling {image}")
         kubectl(f"delete pod {pod.name} --wait=false")
         run.ends_by_sigterm(saves=False)

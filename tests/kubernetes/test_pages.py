@@ -10,13 +10,12 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
-import docker
 import pytest
 import yaml
 from prefect.run_configs import KubernetesRun
@@ -26,19 +25,20 @@ from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from scripts import cluster
 from scripts.base import DAEMON
 from scripts.registry import REGISTRY
-from tests.conftest import PREFECT, private_registry
+from tests.conftest import PREFECT
 from tests.kubernetes.conftest import (
     FOREVER,
     LABELS,
     NAMESPACE,
-    SMALL_IMAGE,
     Namespace,
     Pod,
-    Readme,
     Run,
     Submit,
     Template,
+    edited,
     kubectl,
+    on_node,
+    readme,
     replaced,
     shell,
     start,
@@ -48,10 +48,21 @@ from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
 
-def test_own_template(submit: Submit, patched: Callable[[str], Template], readme: Readme) -> None:
+def patched(patch: str, folder: Path) -> Template:
+    """native_sidecar with a patch, by the command of docs/template.md."""
+    instead = {  # the tests' kubectl may be on the node, where these files are not
+        "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+        "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
+        "job_templates/own.yaml": str(folder / "own.yaml"),
+    }
+    readme("kubectl patch --local", instead)
+    return load_job_template(str(folder / "own.yaml"))
+
+
+def test_own_template(submit: Submit, tmp_path: Path) -> None:
     """On a node with a label of the test's own."""
     key = f"dedicated-{uuid.uuid4().hex[:8]}"
-    template = patched(example("own-template").replace("dedicated:", f"{key}:"))
+    template = patched(example("own-template").replace("dedicated:", f"{key}:"), tmp_path)
     run = submit(template, command="echo on my own template")
     run.wait(lambda: "Unschedulable" in str(run.pods()), "no node has the label", 60)
     readme("kubectl label node", {"NODE": cluster.NODE, "dedicated=": f"{key}="})
@@ -64,10 +75,10 @@ def test_own_template(submit: Submit, patched: Callable[[str], Template], readme
 def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
     """The image of the daemon has a docker CLI, too."""
     text = example("docker-in-a-container").replace("docker:29-cli", DAEMON).replace("alpine:3", small_image)
-    submit(load_job_template("native_sidecar"), **parameters(text)).succeeds("built")
+    submit("native_sidecar", **parameters(text)).succeeds("built")
 
 
-def test_volume_claim(submit: Submit, patched: Callable[[str], Template], on_node: Callable[..., str]) -> None:
+def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
     """On a hostPath volume, for the cluster may have nothing that provides others."""
     name = f"datasets-{uuid.uuid4().hex[:8]}"
     claim = yaml.safe_load(example("volume-claim"))
@@ -79,7 +90,8 @@ def test_volume_claim(submit: Submit, patched: Callable[[str], Template], on_nod
     try:
         command = ["sh", "-c", "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600"]
         binds = {"binds": ["/datasets:/datasets"]}
-        pod = submit(patched(example("volume-patch")), command=command, host_config=binds).container_writes("up")
+        template = patched(example("volume-patch"), tmp_path)
+        pod = submit(template, command=command, host_config=binds).container_writes("up")
         assert on_node("cat", f"/var/lib/{name}/file") == "kept"
         pod.execute("flow-container", "touch", "/datasets/of-the-flow")
         assert "of-the-flow" in pod.execute("dind-daemon", "ls", "/datasets")
@@ -87,12 +99,10 @@ def test_volume_claim(submit: Submit, patched: Callable[[str], Template], on_nod
         kubectl(f"delete --wait=false pvc/datasets pv/{name}")
 
 
-def test_a_secret_reaches_the_container_and_nothing_else(
-    submit: Submit, patched: Callable[[str], Template], readme: Readme
-) -> None:
+def test_a_secret_reaches_the_container_and_nothing_else(submit: Submit, tmp_path: Path) -> None:
     value = f"hunter2-{uuid.uuid4().hex}"
     readme("kubectl --namespace flows create secret generic", {"value=…": f"value={value}"})
-    run = submit(patched(example("secret-patch")), **parameters(example("secret-parameters")))
+    run = submit(patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters")))
     run.succeeds(f"the key has {len(value)} characters")
     run.job_ends()
     states = [state.serialized_state for each in (run.record, *run.record.task_runs) for state in each.states]
@@ -122,7 +132,7 @@ def test_network_policy(submit: Submit, agent: Pod) -> None:
         assert "all open" in agent.execute("agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
         kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
-        run = submit(load_job_template("native_sidecar"), image=PREFECT, command=command, time_limit=120)
+        run = submit("native_sidecar", image=PREFECT, command=command, time_limit=120)
         run.succeeds("all closed")
     finally:
         kubectl(f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar")
@@ -144,51 +154,46 @@ print("so is the second", flush=True)
 
 @pytest.mark.timeout(500)
 def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
-    submit: Submit, readme: Readme, namespace: Namespace, engine: docker.DockerClient, small_image: str
+    submit: Submit, namespace: Namespace, private_image: str, small_image: str, tmp_path: Path
 ) -> None:
     """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
-    with private_registry(
-        engine, network=cluster.NETWORK, volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
-    ) as registry:
-        address = f"{registry.attrs['NetworkSettings']['Networks'][cluster.NETWORK]['IPAddress']}:5000"
-        config = namespace.core.read_namespaced_config_map(cluster.CONFIG_MAP, namespace.name)
-        daemon_json = json.loads(config.data["daemon.json"])
-        daemon_json["insecure-registries"].append(address)
-        config.data["daemon.json"] = json.dumps(daemon_json)
-        namespace.core.replace_namespaced_config_map(cluster.CONFIG_MAP, namespace.name, config)
-        instead = {"registry.example.com": address, "=AWS": "=user"}
-        readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
-        for old in ("namespace: flows", "namespace: logins", "namespace flows"):
-            instead[old] = old.replace(old.split()[1], namespace.name)
-        *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
-        kubectl("create --filename -", yaml.safe_dump_all([*others, cron_job]))
-        pod = submit(command=FOREVER).container_writes("up")
+    address, ca = private_image.partition("/")[0], (tmp_path / "company-ca.crt").read_text()
+    template = edited("native_sidecar", '"configMap": {"name": "docker-sidecar"', '"configMap": {"name": "with-a-ca"')
+    mirror = json.dumps({"insecure-registries": [small_image.partition("/")[0]]})
+    kubectl(f"create configmap with-a-ca --from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'")
+    instead = {"registry.example.com": address, "=AWS": "=user"}
+    readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
+    for old in ("namespace: flows", "namespace: logins", "namespace flows"):
+        instead[old] = old.replace(old.split()[1], namespace.name)
+    *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
+    kubectl("create --filename -", yaml.safe_dump_all([*others, cron_job]))
+    pod = submit(template, command=FOREVER).container_writes("up")
 
-        def says(text: str) -> None:
-            said = partial(pod.execute, "flow-container", "cat", "/tmp/said")
-            wait_for(lambda: text in said(), text, said, 60)
+    def says(text: str) -> None:
+        said = partial(pod.execute, "flow-container", "cat", "/tmp/said")
+        wait_for(lambda: text in said(), text, said, 60)
 
-        script = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
-        pod.execute("flow-container", "sh", "-c", script, PULLS, small_image, f"{address}/{SMALL_IMAGE}")
-        says("the first pull is over")
+    script = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
+    pod.execute("flow-container", "sh", "-c", script, PULLS, small_image, private_image)
+    says("the first pull is over")
 
-        [script] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
-        account = f"--as=system:serviceaccount:{NAMESPACE}:renew-login"
-        shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
+    [script] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    account = f"--as=system:serviceaccount:{NAMESPACE}:renew-login"
+    shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
 
-        def current() -> bool:
-            # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
-            kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
-            found = pod.execute("flow-container", "cat", "/docker-config/config.json")
-            return "expired" not in found and base64.b64encode(b"user:password").decode() in found
+    def current() -> bool:
+        # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
+        kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
+        found = pod.execute("flow-container", "cat", "/docker-config/config.json")
+        return "expired" not in found and base64.b64encode(b"user:password").decode() in found
 
-        wait_for(current, "the pod has the new login", namespace.report, 150)
-        pod.execute("flow-container", "touch", "/workspace/go")
-        says("so is the second")
+    wait_for(current, "the pod has the new login", namespace.report, 150)
+    pod.execute("flow-container", "touch", "/workspace/go")
+    says("so is the second")
 
 
 @pytest.mark.usefixtures("namespace")
-def test_the_stores_of_a_node_are_found(store: str, on_node: Callable[..., str], readme: Readme) -> None:
+def test_the_stores_of_a_node_are_found(store: str) -> None:
     on_node("mkdir", "-p", f"{store}/0")
     instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {NAMESPACE}"}
     assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
@@ -196,7 +201,7 @@ def test_the_stores_of_a_node_are_found(store: str, on_node: Callable[..., str],
 
 @pytest.mark.timeout(600)
 def test_a_template_of_the_agents_is_changed_without_registering(
-    api: PrefectAPI, agent: Pod, namespace: Namespace, small_image: str, readme: Readme
+    api: PrefectAPI, agent: Pod, namespace: Namespace, small_image: str
 ) -> None:
     """By the commands of the page."""
 

@@ -26,7 +26,6 @@ from tests.support.waiting import wait_for
 RBAC = Path(prefect.agent.kubernetes.__path__[0], "rbac.yaml")
 POD = "spec.template.spec"
 Check = Callable[..., str]
-Put = Callable[..., None]
 
 
 @pytest.fixture
@@ -36,9 +35,10 @@ def place(namespace: Namespace) -> Iterator[str]:
     labels = {"pod-security.kubernetes.io/enforce": "privileged"}
     namespace.core.create_namespace({"metadata": {"name": name, "labels": labels}})
     try:
-        for document in yaml.safe_load_all(RBAC.read_text()):
-            document["metadata"]["namespace"] = name
-            kubernetes.utils.create_from_dict(namespace.api, document)
+        shell(
+            f"kubectl create --namespace {name} --filename -",
+            stdin=RBAC.read_text().replace("namespace: default", f"namespace: {name}"),
+        )
         accounts = namespace.core.list_namespaced_service_account
         wait_for(lambda: accounts(name).items, f"{name} has a ServiceAccount, without which it admits no pod")
         yield name
@@ -46,16 +46,10 @@ def place(namespace: Namespace) -> Iterator[str]:
         namespace.core.delete_namespace(name)
 
 
-@pytest.fixture
-def put(place: str, namespace: Namespace) -> Put:
+def put(place: str, kind: str, name: str = "docker-sidecar", **fields: Any) -> None:
     """Create an object there, by default one of the name that the templates mount, or change it."""
-
-    def put(kind: str, name: str = "docker-sidecar", **fields: Any) -> None:
-        metadata = {"name": name, "namespace": place}
-        body = {"apiVersion": "v1", "kind": kind, "metadata": metadata, **fields}
-        kubernetes.utils.create_from_dict(namespace.api, body, apply=True)
-
-    return put
+    body = {"apiVersion": "v1", "kind": kind, "metadata": {"name": name}, **fields}
+    shell(f"kubectl apply --server-side --namespace {place} --filename -", stdin=json.dumps(body))
 
 
 @pytest.fixture
@@ -90,14 +84,14 @@ def changed(folder: Path, changes: dict[str, Any]) -> str:
     return str(folder / "own.yaml")
 
 
-def test_all_is_fine(check: Check, put: Put, place: str, namespace: Namespace, templates: list[str]) -> None:
+def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: list[str]) -> None:
     """Without what a namespace may have, and with it; the tests below take one thing away, or spoil it."""
     for name in templates:
         check(JOB_TEMPLATE=name)
     auths = {"a.example": login(), "b.example": {"username": "u", "password": "p"}}
     logins = {".dockerconfigjson": json.dumps({"auths": auths})}
-    put("Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
-    put("ConfigMap", data={"daemon.json": '{"mtu": 1400}', "ca.crt": "-----BEGIN CERTIFICATE-----\n"})
+    put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
+    put(place, "ConfigMap", data={"daemon.json": '{"mtu": 1400}', "ca.crt": "-----BEGIN CERTIFICATE-----\n"})
     for name in templates:
         said = check(JOB_TEMPLATE=name)
         others = [line for line in said.splitlines() if line[13:30].strip() != "Agent"]  # this place has none
@@ -131,35 +125,35 @@ def test_the_agent_lacks_rights(check: Check, place: str, namespace: Namespace) 
     assert f"may not delete jobs, list events → kubectl create role agent --namespace {place} --verb=create" in said
 
 
-def test_the_config_map(check: Check, put: Put, place: str, templates: list[str]) -> None:
+def test_the_config_map(check: Check, place: str, templates: list[str]) -> None:
     for content in ("{'mtu': 1400}", "[]"):
-        put("ConfigMap", data={"daemon.json": content})
+        put(place, "ConfigMap", data={"daemon.json": content})
         said = check("ConfigMap")
         assert "the daemon.json of docker-sidecar is not a JSON object" in said
         assert f"→ kubectl edit configmap docker-sidecar --namespace {place}" in said
     # dockerd does not start if a flag names what its configuration names
     options = {"hosts": "x", "data-root": "x", "log-driver": "x", "log-opts": {"max-size": "1m"}, "mtu": 1400}
-    put("ConfigMap", data={"daemon.json": json.dumps(options)})
+    put(place, "ConfigMap", data={"daemon.json": json.dumps(options)})
     for name in templates:
         said = check("ConfigMap", JOB_TEMPLATE=name)
         assert "docker-sidecar sets data-root, hosts, log-driver, which the job template sets" in said
 
 
-def test_a_secret_without_logins(check: Check, put: Put, place: str, namespace: Namespace) -> None:
+def test_a_secret_without_logins(check: Check, place: str, namespace: Namespace) -> None:
     """`docker login` with a credential store leaves neither auth nor a password."""
     auths = {"good.example": login(), "empty.example": {}, "half.example": {"username": "u", "password": ""}}
     logins = {".dockerconfigjson": json.dumps({"auths": auths})}
-    put("Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
+    put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
     said = check("Secret")
     assert "names empty.example, half.example, but" in said
     namespace.core.delete_namespaced_secret("docker-sidecar", place)  # a type cannot be changed
-    put("Secret", stringData={"config.json": "{}"})
+    put(place, "Secret", stringData={"config.json": "{}"})
     said = check("Secret")
     assert f"kubectl create secret docker-registry docker-sidecar --namespace {place}" in said
 
 
-def test_quota_and_pod_security(check: Check, put: Put, place: str, namespace: Namespace, templates: list[str]) -> None:
-    put("ResourceQuota", "none", spec={"hard": {"pods": "0"}})
+def test_quota_and_pod_security(check: Check, place: str, namespace: Namespace, templates: list[str]) -> None:
+    put(place, "ResourceQuota", "none", spec={"hard": {"pods": "0"}})
     read = namespace.core.read_namespaced_resource_quota
     wait_for(lambda: read("none", place).status.hard, "the quota is in force")
     said = check("Job")
@@ -199,7 +193,7 @@ def test_a_job_that_goes_too_soon(check: Check, tmp_path: Path) -> None:
         assert (f"ttlSecondsAfterFinished is {seconds}" in said) == bool(wrong)
 
 
-def test_what_the_pod_needs_and_is_not_there(check: Check, put: Put, tmp_path: Path) -> None:
+def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path: Path) -> None:
     env: list[Any] = [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": name, "key": "token"}}} for name in ("gone", "another")
     ]
@@ -208,16 +202,16 @@ def test_what_the_pod_needs_and_is_not_there(check: Check, put: Put, tmp_path: P
     volumes += [{"name": "daemon-config", "configMap": {"name": "settings"}}]
     volumes += [{"name": "registry-credentials", "persistentVolumeClaim": {"claimName": "data"}}]
     own = changed(tmp_path, {f"{POD}.containers.1.env": env, f"{POD}.volumes": volumes})
-    put("Secret", "another", stringData={"other": "x"})
+    put(place, "Secret", "another", stringData={"other": "x"})
     said = check("needed objects", JOB_TEMPLATE=own)
     for words in ("secret gone", "key token of secret another", "configmap settings", "persistentvolumeclaim data"):
         assert words in said
     assert "maybe" not in said
     for name in ("gone", "another"):
-        put("Secret", name, stringData={"token": "x"})
-    put("ConfigMap", "settings")
+        put(place, "Secret", name, stringData={"token": "x"})
+    put(place, "ConfigMap", "settings")
     claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
-    put("PersistentVolumeClaim", "data", spec=claim)
+    put(place, "PersistentVolumeClaim", "data", spec=claim)
     check(JOB_TEMPLATE=own)
 
 
