@@ -13,18 +13,16 @@ import kubernetes.client
 import kubernetes.utils
 import prefect.agent.kubernetes
 import pytest
-import yaml
 from prefect.utilities.configuration import set_temporary_config
 
 from flows.settings import load_job_template
 from scripts import cluster, preflight
 from tests.conftest import login
-from tests.kubernetes.conftest import Namespace, shell
+from tests.kubernetes.conftest import Namespace, Template, daemon_of, edited, shell
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
 RBAC = Path(prefect.agent.kubernetes.__path__[0], "rbac.yaml")
-POD = "spec.template.spec"
 Check = Callable[..., str]
 
 
@@ -35,10 +33,8 @@ def place(namespace: Namespace) -> Iterator[str]:
     labels = {"pod-security.kubernetes.io/enforce": "privileged"}
     namespace.core.create_namespace({"metadata": {"name": name, "labels": labels}})
     try:
-        shell(
-            f"kubectl create --namespace {name} --filename -",
-            stdin=RBAC.read_text().replace("namespace: default", f"namespace: {name}"),
-        )
+        rbac = RBAC.read_text().replace("namespace: default", f"namespace: {name}")
+        shell(f"kubectl create --namespace {name} --filename -", stdin=rbac)
         accounts = namespace.core.list_namespaced_service_account
         wait_for(lambda: accounts(name).items, f"{name} has a ServiceAccount, without which it admits no pod")
         yield name
@@ -71,16 +67,9 @@ def check(place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: 
     return check
 
 
-def changed(folder: Path, changes: dict[str, Any]) -> str:
-    """The path of a template that is docker_sidecar with other values."""
-    template = load_job_template("docker_sidecar")
-    for path, value in changes.items():
-        part: Any = template
-        *keys, last = (int(key) if key.isdigit() else key for key in path.split("."))
-        for key in keys:
-            part = part[key]
-        part[last] = value
-    (folder / "own.yaml").write_text(yaml.safe_dump(template))
+def own(folder: Path, template: Template) -> str:
+    """The path of a template of one's own."""
+    (folder / "own.yaml").write_text(json.dumps(template))
     return str(folder / "own.yaml")
 
 
@@ -168,42 +157,44 @@ def test_quota_and_pod_security(check: Check, place: str, namespace: Namespace, 
 
 
 def test_what_the_api_server_refuses(check: Check, tmp_path: Path) -> None:
-    for path, value, seen in (
+    for old, new, seen in (
         # of a Job, and not of a pod
-        (f"{POD}.restartPolicy", "Always", "restartPolicy"),
-        ("metadata.namespace", "default", "namespace"),
-        ("metadata.name", "My_Job", "My_Job"),
-        (f"{POD}.containers.0.securityContext", "restricted", "SecurityContext"),
+        ('"restartPolicy": "Never"', '"restartPolicy": "Always"', "restartPolicy"),
+        ('"name": "prefect-docker-job"', '"name": "a", "namespace": "default"', "namespace"),
+        ('"name": "prefect-docker-job"', '"name": "My_Job"', "My_Job"),
         # what is no daemon
-        (f"{POD}.containers.1.securityContext", "privileged", "SecurityContext"),
-        (f"{POD}.containers.1.args", 5, "args"),
-        (f"{POD}.containers.0.gpu", {}, 'unknown field "spec.template.spec.containers[0]'),
+        ('"securityContext": {"privileged": true}', '"securityContext": "privileged"', "SecurityContext"),
+        ('"image":', '"args": 5, "image":', "args"),
+        ('"name": "flow-container"', '"name": "a", "gpu": {}', 'unknown field "spec.template.spec.containers[0]'),
     ):
-        said = check("Job", JOB_TEMPLATE=changed(tmp_path, {path: value}))
+        said = check("Job", JOB_TEMPLATE=own(tmp_path, edited("docker_sidecar", old, new)))
         assert seen in said
         assert "→ correct the template (JOB_TEMPLATE)" in said
-    said = check("Job", JOB_TEMPLATE=changed(tmp_path, {f"{POD}.runtimeClassName": "not-there"}))
+    nowhere = edited("docker_sidecar", '"restartPolicy"', '"runtimeClassName": "not-there", "restartPolicy"')
+    said = check("Job", JOB_TEMPLATE=own(tmp_path, nowhere))
     assert 'RuntimeClass "not-there" not found → install its runtime, or use another JOB_TEMPLATE' in said
 
 
 def test_a_job_that_goes_too_soon(check: Check, tmp_path: Path) -> None:
-    for seconds in (0, 119, 120):
-        wrong = ["Job"] if seconds < 120 else []
-        said = check(*wrong, JOB_TEMPLATE=changed(tmp_path, {"spec.ttlSecondsAfterFinished": seconds}))
+    for seconds, wrong in ((0, ["Job"]), (119, ["Job"]), (120, [])):
+        ttl = f'"ttlSecondsAfterFinished": {seconds}, "backoffLimit"'
+        said = check(*wrong, JOB_TEMPLATE=own(tmp_path, edited("docker_sidecar", '"backoffLimit"', ttl)))
         assert (f"ttlSecondsAfterFinished is {seconds}" in said) == bool(wrong)
 
 
 def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path: Path) -> None:
-    env: list[Any] = [
-        {"name": name, "valueFrom": {"secretKeyRef": {"name": name, "key": "token"}}} for name in ("gone", "another")
-    ]
-    env += [{"name": "B", "valueFrom": {"configMapKeyRef": {"name": "maybe", "key": "b", "optional": True}}}]
-    volumes = [{"name": name, "emptyDir": {}} for name in ("docker-graph-store", "alive", "tmp", "workspace")]
-    volumes += [{"name": "daemon-config", "configMap": {"name": "settings"}}]
-    volumes += [{"name": "registry-credentials", "persistentVolumeClaim": {"claimName": "data"}}]
-    own = changed(tmp_path, {f"{POD}.containers.1.env": env, f"{POD}.volumes": volumes})
+    template = load_job_template("docker_sidecar")
+    spec = template["spec"]["template"]["spec"]
+    for name in ("gone", "another"):
+        key = {"secretKeyRef": {"name": name, "key": "token"}}
+        spec["containers"][1]["env"].append({"name": name, "valueFrom": key})
+    key = {"configMapKeyRef": {"name": "maybe", "key": "b", "optional": True}}
+    spec["containers"][1]["env"].append({"name": "maybe", "valueFrom": key})
+    spec["volumes"].append({"name": "settings", "configMap": {"name": "settings"}})
+    spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": "data"}})
+    changed = own(tmp_path, template)
     put(place, "Secret", "another", stringData={"other": "x"})
-    said = check("needed objects", JOB_TEMPLATE=own)
+    said = check("needed objects", JOB_TEMPLATE=changed)
     for words in ("secret gone", "key token of secret another", "configmap settings", "persistentvolumeclaim data"):
         assert words in said
     assert "maybe" not in said
@@ -212,11 +203,11 @@ def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path:
     put(place, "ConfigMap", "settings")
     claim = {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Gi"}}}
     put(place, "PersistentVolumeClaim", "data", spec=claim)
-    check(JOB_TEMPLATE=own)
+    check(JOB_TEMPLATE=changed)
 
 
 def test_what_is_not_understood_is_not_judged(check: Check, tmp_path: Path) -> None:
     """A daemon by another command, and without privileges, as sysbox runs it."""
-    command = ["dockerd", "--host=tcp://localhost:2375"]
-    daemon = {f"{POD}.containers.1.command": command, f"{POD}.containers.1.securityContext": {}}
-    check(JOB_TEMPLATE=changed(tmp_path, daemon))
+    template = load_job_template("docker_sidecar")
+    daemon_of(template).update(command=["dockerd", "--host=tcp://localhost:2375"], securityContext={})
+    check(JOB_TEMPLATE=own(tmp_path, template))
