@@ -241,9 +241,8 @@ def namespace(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespac
     found = Namespace(cluster.api(), NAMESPACE)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
-    # the Agent does not heed SIGTERM, and kubelet may take two minutes to find that a pod has ended; a namespace waits
-    kubectl("delete pods --all --now --wait=false")
-    kubectl(f"delete namespace {NAMESPACE} --timeout=120s")
+    kubectl(f"delete namespace {NAMESPACE} --wait=false")
+    kubectl("delete pods --all --force --wait=false")  # the Agent does not heed SIGTERM, and the namespace waits for it
 
 
 @pytest.fixture(scope="session")

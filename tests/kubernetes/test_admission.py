@@ -57,7 +57,7 @@ def team(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
     finally:
         kinds = "validatingadmissionpolicybinding,validatingadmissionpolicy,namespace"
         shell(f"kubectl delete {kinds} {TEAM} --wait=false")
-        shell(f"kubectl --namespace {TEAM} delete pods --all --now --wait=false")
+        shell(f"kubectl --namespace {TEAM} delete pods --all --force --wait=false")
 
 
 def pod(securityContext: Any = None, **spec: Any) -> Body:
