@@ -357,10 +357,6 @@ class Run:
         """Wait until the Job has ended; how, and when that was seen."""
         return self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
 
-    def delete_job(self) -> None:
-        """Delete the Job as `kubectl delete` does."""
-        kubectl(f"delete jobs --selector {self.selector} --wait=false")
-
     def logs(self) -> str:
         """What Prefect shows as the run's logs."""
         return "\n".join(str(log.message) for log in self.record.logs)
@@ -397,5 +393,6 @@ def submit(namespace: Namespace, api: PrefectAPI, deployment: None, small_image:
         return runs[-1]
 
     yield submit
-    for run in runs:
-        run.delete_job()
+    if runs:
+        ids = ",".join(run.record.id for run in runs)
+        kubectl(f"delete jobs --selector 'prefect.io/flow_run_id in ({ids})' --wait=false")

@@ -185,7 +185,7 @@ def test_containers_that_cannot_start(submit: Submit, small_image: str) -> None:
 def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
     run = submit(template_name, command=FOREVER)
     run.container_writes("up")
-    run.delete_job()
+    kubectl(f"delete jobs --selector {run.selector} --wait=false")
 
     def ended() -> bool:
         statuses = [status for pod in run.pods() for status in pod.status.container_statuses]
