@@ -51,7 +51,7 @@ exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernet
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
-        config.option.dist = "loadgroup"  # a worker takes the next test when it has ended one; groups stay together
+        config.option.dist = "loadgroup"  # gives out single tests; the others give out a quarter of them at once
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,6 @@ from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.xdist_group("admission")  # of one second namespace
 TEAM = f"{NAMESPACE}-team"
 Body = dict[str, Any]
 JOB_CONTROLLER = "system:serviceaccount:kube-system:job-controller"
