@@ -34,10 +34,10 @@ test: lint ## lint, and run all tests that this machine can run
 	@$(BIN)/python -m scripts.cluster test
 
 test-unit: .venv/dev ## run the tests that need no Docker engine
-	@$(BIN)/pytest -n2 tests/unit
+	@$(BIN)/python -m scripts.cluster test tests/unit
 
 test-kubernetes: .venv/dev ## run the tests on a kind cluster; without one they fail
-	@$(BIN)/pytest -n5 tests/kubernetes
+	@$(BIN)/python -m scripts.cluster test tests/kubernetes
 
 test-cgroup2: .venv/dev ## run the daemons of the templates on a node with cgroup v2, in QEMU (10 min; Debian, root)
 	@$(BIN)/pytest tests/cgroup2

@@ -38,20 +38,28 @@ _USER = "user:$2b$05$YgkE/uhk8SIDXkewhKhhpu49zzgu.Nt1jTgkrF7U6pEsmjYs/T.yK"
 
 
 @contextmanager
-def private_registry(client: docker.DockerClient, **options: Any) -> Iterator[Container]:
-    """A registry, in a container on an engine, that lets in only user, with the password "password"."""
+def private_registry(
+    client: docker.DockerClient, tls: dict[str, str] | None = None, **options: Any
+) -> Iterator[Container]:
+    """A registry, in a container on an engine, that lets in only user, with the password "password".
+
+    With TLS it does not start before the certificate is there.
+    """
+    wait = "until [ -e /cert ]; do sleep 0.1; done; " if tls else ""
     with container(
         client,
         REGISTRY_IMAGE,
-        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; exec registry serve /etc/distribution/config.yml"],
+        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {wait}exec registry serve /etc/distribution/config.yml"],
         environment={
             "REGISTRY_AUTH": "htpasswd",
             "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
             "REGISTRY_AUTH_HTPASSWD_PATH": "/htpasswd",
+            **(tls or {}),
         },
         **options,
     ) as found:
-        wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
+        if not tls:
+            wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
         yield found
 
 

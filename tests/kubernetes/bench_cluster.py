@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import uuid
@@ -11,59 +12,46 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-import docker
 import kubernetes.client
 import pytest
 
-from flows.settings import JOB_TEMPLATES, load_job_template
-from scripts import cluster
+from flows.settings import load_job_template
 from scripts.base import PREFECT
-from tests.kubernetes.conftest import Namespace, Run
+from tests.kubernetes.conftest import TEMPLATES, Namespace, Submit, on_node
 from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
 from tests.support.waiting import wait_for
 
 Row = dict[str, float]  # of a run, its events in seconds after the Job was created
 EVENTS = ("Running", "image pulled", "container exited", "Success", "flow ended", "daemon ended", "Complete")
 IMAGE, LABEL = PREFECT[0], "prefect.io/flow_run_id"
-TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
 pytestmark = pytest.mark.timeout(5400)
 
 
-def on_the_node(engine: docker.DockerClient, script: str) -> str:
-    """Run a script on the cluster's node, and return its output."""
-    status, output = engine.containers.get(cluster.NODE).exec_run(["sh", "-c", script])
-    assert status == 0, output.decode()
-    return str(output.decode())
-
-
 @pytest.fixture
-def quiet(namespace: Namespace, engine: docker.DockerClient) -> Callable[[], None]:
+def quiet(namespace: Namespace) -> Callable[[], None]:
     """Wait until no run is left, and the node has no store and nothing to write."""
 
     def quiet() -> None:
         namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
-        pods = partial(namespace.core.list_namespaced_pod, namespace.name, label_selector=LABEL)
-        wait_for(lambda: not pods().items, "no run is left", namespace.report, 120)
-        on_the_node(engine, "rm -rf /var/lib/docker-sidecar-bench-*; sync")
+        wait_for(lambda: not namespace.pods(LABEL), "no run is left", namespace.report, 120)
+        on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar-bench-*; sync")
 
     return quiet
 
 
 @pytest.fixture
-def measure(
-    submit: Callable[..., Run], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
-) -> Callable[..., Row]:
+def measure(submit: Submit, namespace: Namespace, quiet: Callable[[], None]) -> Callable[..., Row]:
     """Run the flow on a template, and say when what happened."""
 
     def measure(template: dict[str, Any], again: bool = False, **parameters: Any) -> Row:
         if not again:
             quiet()
         run = submit(template, command="true", **parameters)
-        assert run.reaches("Success", "Failed").state == "Success", run.seen()
+        run.succeeds()
         created, complete = namespace.jobs[run.record.id][0][0], run.job_ends()[1]
         # from the node, for Kubernetes gives whole seconds
         containers = f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
-        seen = on_the_node(engine, f"crictl inspect $({containers})")
+        seen = on_node("sh", "-c", f"crictl inspect $({containers})")
         ended = sorted(datetime.fromisoformat(f"{t}+00:00") for t in re.findall(r'finishedAt": "(2[^"]{25})', seen))
         run.logged("exited with code")
 
@@ -81,11 +69,8 @@ def measure(
 
 def template(name: str) -> dict[str, Any]:
     """A template; if it keeps its layers on the node, then in a folder of this run's own."""
-    job = load_job_template(name)
-    for volume in job["spec"]["template"]["spec"]["volumes"]:
-        if "hostPath" in volume:
-            volume["hostPath"]["path"] = f"/var/lib/docker-sidecar-bench-{uuid.uuid4()}"
-    return job
+    text, path = json.dumps(load_job_template(name)), "/var/lib/docker-sidecar"
+    return dict(json.loads(text.replace(path, f"{path}-bench-{uuid.uuid4()}")))
 
 
 def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
@@ -125,22 +110,15 @@ def test_a_run_and_a_plain_job(measure: Callable[..., Row], namespace: Namespace
     calls: dict[str, Callable[[], Row]] = {name: partial(measure, template(name)) for name in TEMPLATES}
     runs = in_turn(5, {**calls, "a plain Job": partial(plain, namespace, spec)})
     job = runs.pop("a plain Job")
-    targets = [("gvisor_sidecar, until Success, over native_sidecar", 2.0, over, "times") for over in gvisor(runs)]
+    ratio = middle(runs["gvisor_sidecar"], "Success") / middle(runs["native_sidecar"], "Success")
+    targets = [("gvisor_sidecar, until Success, over native_sidecar", 2.0, ratio, "times")]
     version = kubernetes.client.VersionApi(namespace.api).get_code().git_version
     text = f"""Kubernetes {version}, a small image, the container runs `true`. Five rounds. A plain Job with the same
 image takes {spread([row["Complete"] for row in job])} s until it is Complete. Each bar ends with its event."""
     publish(CLUSTER, targets, text, *events(runs), *timeline(runs))
 
 
-def gvisor(runs: dict[str, list[Row]]) -> list[float]:
-    """How much longer gVisor takes until Success."""
-    success = {name: middle(rows, "Success") for name, rows in runs.items()}
-    return [success[name] / success["native_sidecar"] for name in success if name == "gvisor_sidecar"]
-
-
-def test_the_first_pull(
-    measure: Callable[..., Row], namespace: Namespace, engine: docker.DockerClient, quiet: Callable[[], None]
-) -> None:
+def test_the_first_pull(measure: Callable[..., Row], namespace: Namespace, quiet: Callable[[], None]) -> None:
     def floor() -> Row:
         """Pull and run by the Docker CLI, in native_sidecar's pod."""
         quiet()
@@ -171,12 +149,12 @@ in which the Docker CLI pulls and runs the image, not the flow."""
     publish(COLD, targets, text, *events(runs), *timeline(runs))
 
 
-def test_many_runs_at_once(submit: Callable[..., Run], namespace: Namespace) -> None:
+def test_many_runs_at_once(submit: Submit, namespace: Namespace) -> None:
     rows: list[list[str]] = []
     for name in TEMPLATES:
         for count in (1, 5, 10, 20):
             started = time.monotonic()
-            for run in [submit(load_job_template(name), command="true") for _ in range(count)]:
+            for run in [submit(name, command="true") for _ in range(count)]:
                 run.reaches("Success", timeout=600)
                 run.job_ends(600)
             rows.append([name, str(count), f"{time.monotonic() - started:.1f}"])

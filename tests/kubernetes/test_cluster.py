@@ -2,242 +2,317 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
-from collections.abc import Callable
-from datetime import datetime, timezone
+import socket
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import docker
 import pytest
 import yaml
 
-from flows.settings import load_job_template
-from flows.states import SIGTERM_CAUSE
+from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import Namespace, Run, daemon_of
+from tests.kubernetes.conftest import (
+    FOREVER,
+    HEARTBEAT,
+    Namespace,
+    Pod,
+    Run,
+    Submit,
+    daemon_of,
+    edited,
+    kubectl,
+    on_node,
+    readme,
+    start,
+)
+from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
-from tests.support.waiting import wait_for
 
-Submit = Callable[..., Run]
-Template = dict[str, Any]
-FOREVER = ["sh", "-c", "echo up; while :; do sleep 0.1; done"]
-KILL_THE_FLOW = """
-import os, signal
-for process in filter(str.isdigit, os.listdir("/proc")):
-    if open(f"/proc/{process}/comm").read() == "prefect\\n":
-        os.kill(int(process), signal.SIGKILL)
+ASKS = """
+trap 'echo saving; exit' TERM
+echo from the container >/workspace/out
+nslookup kubernetes.default.svc.cluster.local
+echo up
+until [ -e /workspace/in ]; do sleep 0.2; done
+cat /workspace/in
+sleep 600 & wait
 """
-HEARTBEAT = 60  # seconds between two looks that the Agent takes at its Jobs
+EAT = ["sh", "-c", "echo up; x=eight888; while :; do x=$x$x; done"]
+# all that a container can ask its daemon for
+GREEDY = {"privileged": True, "pid_mode": "host", "network_mode": "host", "binds": ["/:/host"]}
+LOOK = """
+echo "kernel $(cat /proc/sys/kernel/random/boot_id)"
+echo "disks $(find /dev -type b | wc -l)"
+echo "files $(find /host -xdev -name dockerd-entrypoint.sh -o -xdev -name kubelet)"
+echo "processes $(cat /proc/[0-9]*/comm | grep -cx kubelet) $(cat /proc/[0-9]*/comm | grep -cx dockerd)"
+echo up; sleep 600
+"""
+# of each process of a pod: its user namespace and its capabilities there
+PROCESSES = """
+for process in $(grep -l "pod$0" /proc/[0-9]*/cgroup | cut -d/ -f3); do
+    echo $(readlink /proc/$process/ns/user && sed -n 's/^CapEff:.//p' /proc/$process/status)
+done 2>/dev/null
+"""
 
 
-def edited(template: Template, old: str, new: str) -> Template:
-    """The job template with one change."""
-    text = json.dumps(template)
-    assert old in text
-    return dict(json.loads(text.replace(old, new)))
+# What all templates promise
 
 
-def with_argument(template: Template, argument: str) -> Template:
-    """The job template with one more argument for dockerd."""
-    daemon = daemon_of(template)
-    if "args" in daemon:
-        daemon["args"].append(argument)
-        return template
-    return edited(template, "--host=tcp://127.0.0.1:2375", f"--host=tcp://127.0.0.1:2375 {argument}")
-
-
-# What both templates promise
-
-
-def test_container_exits_3(submit: Submit, template: Template) -> None:
-    run = submit(template, command=["sh", "-c", "echo boom; exit 3"])
-    record = run.reaches("Failed", "Success")
-    assert record.state == "Failed"
-    assert "exited with code 3" in record.message
-    run.logged("boom")
-    assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
-
-
-def test_image_that_does_not_exist(submit: Submit, template: Template, small_image: str) -> None:
-    run = submit(template, image=f"{small_image}-not", command="true")
-    record = run.reaches("Failed", "Success")
-    assert f"Pulling {small_image}-not: " in record.message
-    assert "not found" in record.message
-    run.job_ends()
-    run.logged("Flow run FAILED")
-    assert len([log for log in record.logs if "not found" in str(log.message)]) == 1, "one error"
-
-
-def test_flow_that_dies(submit: Submit, template: Template, template_name: str, namespace: Namespace) -> None:
-    """By SIGKILL, and out of memory; the Agent finds both at its next look."""
-    starved = [submit(template, memory="48Mi", command="true")]
-    if template_name == "gvisor_sidecar":  # where only the sum of the pod's limits holds
-        assert starved.pop().reaches("Success", "Failed").state == "Success"
-    killed = submit(template, command=FOREVER)
-    namespace.execute(killed.container_writes("up"), "flow-container", "python", "-c", KILL_THE_FLOW)
-    for run in (*starved, killed):
-        assert run.job_ends(180)[0] == "Failed"
-        run.reaches("Failed", timeout=2 * HEARTBEAT)
-    assert "Kubernetes Error" in killed.record.message
-    for run in starved:
-        run.logged("Reason: OOMKilled")
-
-
-def test_daemon_that_cannot_start(submit: Submit, template: Template, template_name: str) -> None:
-    run = submit(with_argument(template, "--storage-driver=nonsense"), command="true")
-    record = run.reaches("Failed", "Success", timeout=100)
-    assert "does not answer" in record.message or "did not answer" in record.message
-    assert "dind-daemon" in record.message, "where dockerd's own words are"
-    run.job_ends(60)
-    if template_name == "docker_sidecar":  # the Agent copies the messages of containers, not of init containers
-        run.logged("nonsense", 2 * HEARTBEAT)
-
-
-def test_daemon_killed_during_the_run(
-    submit: Submit, template: Template, template_name: str, namespace: Namespace
+def test_a_run_in_progress(
+    submit: Submit,
+    template_name: str,
+    agent: Pod,
+    api: PrefectAPI,
 ) -> None:
-    run = submit(template, command=FOREVER)
+    """One run is asked all that does not end it, and is cancelled then."""
+    is_sandbox = template_name == "gvisor_sidecar"
+    limits = {"mem_limit": "64m", "memswap_limit": "64m", "cpu_quota": 50_000} if is_sandbox else {}
+    run = submit(template_name, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
     pod = run.container_writes("up")
-    namespace.execute(pod, "dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
-    record = run.reaches("Failed", timeout=60)
-    assert "does not answer" in record.message or record.message.startswith("Container "), record.message
-    # Kubernetes restarts a native sidecar, which then ends well
-    assert run.job_ends()[0] == ("Failed" if template_name == "docker_sidecar" else "Complete")
-
-
-@pytest.mark.parametrize("command", [["/no/such/program"], ["sh", "-euc", "no-such-flock 9"]], ids=["start", "lock"])
-def test_a_flow_that_cannot_start(submit: Submit, command: list[str]) -> None:
-    """With docker_sidecar no lock is taken, as without flock in the image or on another architecture."""
-    template = load_job_template("docker_sidecar")
-    template["spec"]["template"]["spec"]["containers"][0]["command"] = command
-    run = submit(template, command="true")
-    assert run.job_ends(150)[0] == "Failed"
-    run.reaches("Failed", timeout=2 * HEARTBEAT)
-
-
-def test_container_out_of_its_own_memory(submit: Submit, template: Template, template_name: str) -> None:
-    eat, limits = ["sh", "-c", "x=eight888; while :; do x=$x$x; done"], {"mem_limit": "32m", "memswap_limit": "32m"}
-    if template_name == "gvisor_sidecar":  # which has no such limits; Docker's words for that are in the run's logs
-        run = submit(template, command="true", host_config={**limits, "cpu_quota": 50_000})
-        run.logged("memory limit capabilities", timeout=180)
+    in_the_flow, in_the_daemon = (partial(pod.execute, name, "sh", "-c") for name in ("flow-container", "dind-daemon"))
+    run.wait(lambda: run.record.heartbeats, "a heartbeat", 60)
+    run.logged("10.96.0.1")  # a Service of the cluster by its name
+    if is_sandbox:  # which has no such limits; Docker's words for that are in the run's logs
+        run.logged("memory limit capabilities")
         run.logged("CPU period/quota discarded")
-        return
-    run = submit(template, command=eat, host_config=limits)
-    record = run.reaches("Failed", "Success")
-    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in record.message
-    assert run.job_ends()[0] == "Complete"
 
+    # the flow has few rights
+    said = in_the_flow("cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets")
+    seccomp = "Seccomp:\t0" if is_sandbox else "Seccomp:\t2"  # the sandbox has a filter of its own
+    for words in ("Uid:\t1000\t", f"CapEff:\t{'0' * 16}", f"CapBnd:\t{'0' * 16}", "NoNewPrivs:\t1", seccomp):
+        assert words in said, said
+    assert re.search(r" / \w+ ro,", said), "a root that is read-only"
+    assert "kubernetes.io" not in said, "no token of a service account"
 
-def test_cancelled_from_the_api(submit: Submit, template: Template, api: PrefectAPI) -> None:
-    run = submit(template, command=["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"])
-    run.container_writes("up")
+    # nobody else reaches the daemon
+    own = pod.asks("flow-container", "127.0.0.1")
+    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
+    assert "refused" in pod.asks("flow-container", pod.address), "not even to the pod's own address"
+    assert "refused" in agent.asks("agent", pod.address)
+    assert "refused" in on_node("bash", "-c", f"! echo 2>&1 >/dev/tcp/{pod.address}/2375")
+
+    # the daemon is the one that the template names
+    said = in_the_daemon("docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'")
+    assert [int(part) for part in said.split()[0].split(".")] >= [1, 50]
+    assert "io.containerd.snapshotter" in said
+
+    # files go from the container to the flow and back
+    assert in_the_flow("cat /workspace/out") == "from the container\n"
+    in_the_flow("echo from the flow >/workspace/in")
+    run.container_writes("from the flow")
+
+    left = [line.split()[1][:4] for line in readme("kubectl get jobs,pods").splitlines() if run.record.id in line]
+    assert sorted(left) == ["job.", "pod/"], "what the command for left-overs finds"
+
     api.cancel(run.record.id)
     run.reaches("Cancelled", timeout=30)
     run.job_ends(30)
     run.logged("saving")
 
 
-def test_job_deleted_in_mid_run(submit: Submit, template: Template, namespace: Namespace) -> None:
-    run = submit(template, command=FOREVER)
+def test_container_exits_3_and_the_run_is_restarted(submit: Submit, template_name: str, api: PrefectAPI) -> None:
+    """Row 2: what the UI's button does. The new pod's daemon has no containers, so everything runs again."""
+    run = submit(template_name, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
+    assert "exited with code 3" in run.fails()
+    assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
+    run.logged("Flow run FAILED")
+    assert run.logs().count("ran in ") == 1
+    if template_name in ("docker_sidecar", "kept_layers"):  # an empty store, and one that the first run has used
+        api.restart(run.record.id)
+        run.wait(lambda: run.logs().count("ran in ") == 2, "the container has run again", 120)
+        run.wait(lambda: "exited with code 3" in (run.record.message or ""), "it has failed again", 30)
+
+
+@pytest.mark.timeout(700)
+def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
+    """By SIGKILL, and out of memory; the Agent finds all of them at its next look."""
+    starved = submit(memory="48Mi", command="true")
+    # in gVisor only the sum of the pod's limits holds, so the flow runs with as little
+    memory = {"gvisor_sidecar": "48Mi"}
+    killed = [submit(name, memory.get(name), command=FOREVER) for name in templates]
+    for run in killed:
+        kill = "kill -9 $(grep -lx prefect /proc/[0-9]*/comm | cut -d/ -f3)"
+        run.container_writes("up").execute("flow-container", "sh", "-c", kill)
+    for run in (starved, *killed):
+        assert run.job_ends(180)[0] == "Failed"
+        run.reaches("Failed", timeout=2 * HEARTBEAT)
+        assert run is starved or "Kubernetes Error" in run.record.message
+    starved.logged("Reason: OOMKilled")
+
+
+@pytest.mark.timeout(700)
+def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None:
+    broken = {name: edited(name, "--log-driver=local", "--storage-driver=nonsense") for name in templates}
+    # refused before dockerd starts: the hook of kept_layers gives up, so that the flow starts and says what is wrong
+    broken["refused"] = edited("kept_layers", "--log-driver=local", "--mtu=many")
+    runs = {name: submit(template, command="true") for name, template in broken.items()}
+    for run in runs.values():
+        message = run.fails(timeout=120)
+        assert "does not answer" in message or "did not answer" in message
+        assert "dind-daemon" in message, "where dockerd's own words are"
+        run.job_ends(60)
+    # the Agent copies the messages of containers, not of init containers
+    runs["docker_sidecar"].logged("nonsense", 2 * HEARTBEAT)
+
+
+def test_daemon_killed_during_the_run(submit: Submit, template_name: str) -> None:
+    run = submit(template_name, command=FOREVER)
+    run.container_writes("up").execute("dind-daemon", "sh", "-c", "kill -9 $(pidof dockerd)")
+    message = run.fails(timeout=60)
+    assert "does not answer" in message or message.startswith("Container "), message
+    # Kubernetes restarts a native sidecar, which then ends well
+    assert run.job_ends()[0] == ("Failed" if template_name == "docker_sidecar" else "Complete")
+
+
+@pytest.mark.timeout(700)
+def test_containers_that_cannot_start(submit: Submit, small_image: str) -> None:
+    """With docker_sidecar. No lock is taken without flock in the image; the Agent does not look at init containers."""
+    runs = []
+    for command in (["/no/such/program"], ["sh", "-euc", "no-such-flock 9"]):
+        template = load_job_template("docker_sidecar")
+        template["spec"]["template"]["spec"]["containers"][0]["command"] = command
+        runs.append(submit(template, command="true"))
+    no_image = edited("docker_sidecar", daemon_of(template)["image"], f"{small_image}-not")
+    last = submit(no_image, command="true")
+    for run in runs:
+        assert run.job_ends(150)[0] == "Failed"
+        run.reaches("Failed", timeout=2 * HEARTBEAT)
+    last.reaches("Failed", timeout=60 + 2 * HEARTBEAT)
+    last.job_ends(2 * HEARTBEAT)
+
+
+def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
+    run = submit(template_name, command=FOREVER)
     run.container_writes("up")
-    [*_, (_, _, job)] = namespace.jobs[run.record.id]
-    namespace.batch.delete_namespaced_job(job.metadata.name, namespace.name, propagation_policy="Background")
+    kubectl(f"delete jobs --selector {run.selector} --wait=false")
 
     def ended() -> bool:
-        statuses = [status for pod in namespace.pods(run.record.id) for status in pod.status.container_statuses]
+        statuses = [status for pod in run.pods() for status in pod.status.container_statuses]
         return not any(status.state.running for status in statuses)  # kubelet may call an ended one "waiting"
 
     run.wait(ended, "nothing of the pod runs any more", 20)
     # kubelet may miss that, and finds out when it looks at all its pods, once a minute
-    run.wait(lambda: not namespace.pods(run.record.id), "the pod is gone", 120)
-    assert run.reaches("Failed", timeout=5).message == SIGTERM_CAUSE
+    run.wait(lambda: not run.pods(), "the pod is gone", 120)
+    run.ends_by_sigterm()
 
 
-def answers(namespace: Namespace, pod: str, container: str, address: str) -> str:
-    """What a connection to port 2375 of an address meets, from a container that has Python."""
-    script = f"import socket; socket.create_connection(('{address}', 2375), 5); print('open')"
-    return namespace.execute(pod, container, "python", "-c", script).strip().splitlines()[-1]
+@pytest.mark.timeout(600)
+def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates: list[str]) -> None:
+    """Of kept_layers only the store is another than native_sidecar's."""
+    runs = {}
+    for name in set(templates) - {"kept_layers"}:
+        template = load_job_template(name)
+        daemon_of(template)["resources"]["limits"]["memory"] = "512Mi"
+        runs[name] = submit(template, command=EAT)
+    for name, run in runs.items():
+        message = run.fails(timeout=240)
+        if name == "gvisor_sidecar":  # the sandbox is one process, so the flow ends too, and the Agent says so
+            run.logged("Reason: OOMKilled")
+        else:
+            run.logged("up")
+            # the container, or dockerd itself: they are out of memory together
+            assert "exited with code 137" in message or "does not answer" in message, run.seen()
+        run.job_ends()
+    # the node is well, and a container with a limit of its own dies alone
+    run = submit(command=EAT, host_config={"mem_limit": "32m", "memswap_limit": "32m"})
+    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.fails()
+    assert run.job_ends()[0] == "Complete"
 
 
-def test_nobody_else_reaches_the_daemon(
-    submit: Submit,
-    template: Template,
-    template_name: str,
-    namespace: Namespace,
-    agent: str,
-    engine: docker.DockerClient,
+# What single templates promise
+
+
+def test_kept_layers(submit: Submit, store: str) -> None:
+    """Two runs have a slot each, a third one a store of its own; after the first one's death its slot is used again."""
+    template = edited("kept_layers", "/var/lib/docker-sidecar", store)
+    command = daemon_of(template)["command"]
+    command[2] = command[2].replace("0 1 2 3 4 5 6 7", "0 1")
+    runs = [submit(template, command=FOREVER) for _ in range(2)]
+    pods = [run.container_writes("up") for run in runs]
+    ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
+    roots = [pod.execute("dind-daemon", *ask).strip() for pod in pods]
+    assert set(roots) == {"/store/0", "/store/1"}
+    submit(template, command="true").succeeds("Downloaded newer image")
+
+    pods[0].execute("dind-daemon", "docker", "volume", "create", "left")
+    kubectl(f"delete pod {pods[0].name} --force --grace-period=0")
+    runs[0].job_ends()
+    again = submit(template, command=FOREVER)
+    pod = again.container_writes("up")
+    again.logged("Image is up to date")
+    assert pod.execute("dind-daemon", *ask).strip() == roots[0]
+    left = "docker ps --all --quiet | wc -l; docker volume ls --quiet | wc -l"
+    assert pod.execute("dind-daemon", "sh", "-c", left).split() == ["1", "0"], "only its own container"
+
+
+def test_configuration_ca_login_and_proxy(
+    submit: Submit, private_image: str, template_name: str, store: str, tmp_path: Path
 ) -> None:
-    run = submit(template, command=FOREVER)
-    pod = run.container_writes("up")
-    address = namespace.core.read_namespaced_pod(pod, namespace.name).status.pod_ip
-    own = answers(namespace, pod, "flow-container", "127.0.0.1")
-    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
-    assert "refused" in answers(namespace, pod, "flow-container", address), "not even to the pod's own address"
-    assert "refused" in answers(namespace, agent, "agent", address)
-    status, output = engine.containers.get(cluster.NODE).exec_run(["bash", "-c", f"</dev/tcp/{address}/2375"])
-    assert (status, b"refused" in output) == (1, True), output
-
-
-def test_the_flow_has_few_rights(submit: Submit, template: Template, template_name: str, namespace: Namespace) -> None:
-    run = submit(template, command=FOREVER)
-    pod = run.container_writes("up")
-    script = "cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets"
-    said = namespace.execute(pod, "flow-container", "sh", "-c", script)
-    for words in (
-        "Uid:\t1000\t",
-        "CapEff:\t0000000000000000",
-        "CapBnd:\t0000000000000000",
-        "NoNewPrivs:\t1",
-        "Seccomp:\t0" if template_name == "gvisor_sidecar" else "Seccomp:\t2",  # the sandbox has a filter of its own
-    ):
-        assert words in said, said
-    assert re.search(r" / \w+ ro,", said), "a root that is read-only"
-    assert "kubernetes.io" not in said, "no token of a service account"
-
-
-def test_versions_and_cluster_dns(submit: Submit, template: Template, namespace: Namespace) -> None:
-    """The sidecar is the Docker that the template names, and its containers find the cluster's Services by name."""
-    find = "nslookup kubernetes.default.svc.cluster.local"
-    run = submit(template, command=["sh", "-c", f"echo up; {find}; while :; do sleep 0.1; done"])
-    pod = run.container_writes("up")
-    ask = "docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'"
-    version, store = namespace.execute(pod, "dind-daemon", "sh", "-c", ask).split(maxsplit=1)
-    assert [int(part) for part in version.split(".")] >= [1, 50]
-    assert "io.containerd.snapshotter" in store
-    run.logged("10.96.0.1")
-
-
-def test_a_failed_run_is_restarted(submit: Submit, template: Template, api: PrefectAPI) -> None:
-    """Row 2: what the UI's button does. The new pod's daemon is empty, so everything runs again."""
-    run = submit(template, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
-    assert "exited with code 3" in run.reaches("Failed", "Success").message
-    run.job_ends()
-    run.logged("Flow run FAILED")
-    api.restart(run.record.id)
-    run.wait(lambda: run.logs().count("ran in ") == 2, "the container has run again", 120)
-    run.wait(
-        lambda: run.record.state == "Failed" and "exited with code 3" in run.record.message, "it has failed again", 30
-    )
-
-
-def test_an_agent_behind_a_proxy(submit: Submit, template: Template) -> None:
-    """Row 1: the Agent's NO_PROXY takes the place of the template's."""
-    [flow] = template["spec"]["template"]["spec"]["containers"][:1]
+    """By the ConfigMap and the Secret of the pages. What is missing is said by the flow, so one template tells."""
+    name, tells = Path(store).name, template_name == "native_sidecar"
+    template = edited(template_name, "docker-sidecar", name)  # another run may have filled the store
+    # Row 1: the Agent's NO_PROXY takes the place of the template's
     proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "172.16.0.0/12"}
-    flow["env"] += [{"name": name, "value": value} for name, value in proxy.items()]
-    run = submit(template, command="echo not through the proxy")
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
+    env = template["spec"]["template"]["spec"]["containers"][0]["env"]
+    env += [{"name": key, "value": value} for key, value in proxy.items()]
+    instead = {  # the kubectl of the tests is on the node
+        "configmap docker-sidecar": f"configmap {name}",
+        "docker-registry docker-sidecar": f"docker-registry {name}",
+        '"registry-mirrors": ["https://mirror.example.com"],': "",
+        "registry.example.com": private_image.partition("/")[0],
+        "--from-file=daemon.json": """--from-literal=daemon.json='{"mtu": 1400}'""",
+        "--from-file=company-ca.crt": f"--from-literal=company-ca.crt='{(tmp_path / 'company-ca.crt').read_text()}'",
+    }
+    run = {"template": template, "image": private_image, "command": "ip link show eth0"}
+    if tells:
+        readme("kubectl create configmap", instead)
+        failed = submit(**run)
+        assert "x509" in failed.fails()
+        assert not [log for log in failed.record.logs if "retry 1" in str(log.message)]
+        kubectl(f"delete configmap {name}")
+    readme("kubectl --namespace flows create configmap docker-sidecar", instead)
+    if tells:
+        assert "Secret docker-sidecar" in submit(**run).fails()
+    readme("kubectl create secret docker-registry", instead)
+    # gVisor's MTU is without the header's 14
+    submit(**run).succeeds("mtu 1386" if template_name == "gvisor_sidecar" else "mtu 1400")
+
+
+@pytest.mark.parametrize("template_name", ["native_sidecar", "gvisor_sidecar"], indirect=True)
+def test_a_container_that_asks_for_everything(submit: Submit, template_name: str) -> None:
+    is_sandbox = template_name == "gvisor_sidecar"
+    run = submit(template_name, command=["sh", "-c", LOOK], host_config=GREEDY)
+    run.container_writes("up")
+    [pod] = run.pods()
+    privileged = [c.security_context.privileged for c in (*pod.spec.containers, *pod.spec.init_containers)]
+    assert any(privileged) is not is_sandbox
+
+    logs = run.logs().splitlines()
+    kernel = on_node("cat", "/proc/sys/kernel/random/boot_id")
+    assert (f"kernel {kernel}" in logs) is not is_sandbox, "the node's"
+    assert ("disks 0" in logs) is is_sandbox
+    assert "files /host/usr/local/bin/dockerd-entrypoint.sh" in logs, "the files are the daemon's, not the node's"
+    assert "processes 0 1" in logs, "so are the processes"
+
+    node = on_node("readlink", "/proc/1/ns/user")
+    processes = [line.split() for line in on_node("sh", "-c", PROCESSES, pod.metadata.uid).splitlines()]
+    assert processes
+    rights = {tuple(process) for process in processes} - {(node, "0" * 16), ()}  # one may have ended meanwhile
+    assert any(user_namespace == node for user_namespace, _ in rights) is not is_sandbox, processes
+
+
+def test_the_node_is_configured_as_the_page_says() -> None:
+    node = PROJECT / "scripts" / "airgap" / "node"
+    assert (node / "runsc.toml").read_text() == example("gvisor-runsc")
+    assert (node / "containerd.toml").read_text().endswith(example("gvisor-containerd"))
+    assert yaml.safe_load(example("gvisor-runtime-class")) == cluster.GVISOR
 
 
 # What does not depend on the template
 
 
-def test_the_pages(
-    readme: Callable[..., str], flow_id: str, agent: str, api: PrefectAPI, namespace: Namespace, small_image: str
-) -> None:
+def test_the_pages(agent: Pod, api: PrefectAPI, namespace: Namespace, small_image: str) -> None:
     """After what the fixtures have run of them, in the order of README.md."""
     said = readme("make preflight NAMESPACE=flows")
     assert "wrong" not in said, said
@@ -245,79 +320,66 @@ def test_the_pages(
     assert "Flow run succeeded" in said
     run = Run(namespace, next(reversed(api.flow_runs.values())))
     assert run.record.state == "Success", run.seen()
-    assert agent in readme("KUBECONFIG=.kube/config kubectl get pods")
+    assert agent.name in readme("KUBECONFIG=.kube/config kubectl get pods")
 
 
-def test_from_register_to_a_finished_job(
-    prefect: Callable[..., str],
-    flow_id: str,
-    agent: str,
-    api: PrefectAPI,
-    namespace: Namespace,
-    capsys: pytest.CaptureFixture[str],
+def test_runs_of_all_templates_at_once(
+    submit: Submit, api: PrefectAPI, namespace: Namespace, templates: list[str]
 ) -> None:
-    submitted = datetime.now(timezone.utc)
-    prefect("run", "--id", flow_id)
-    run = Run(namespace, next(reversed(api.flow_runs.values())))
-    record = run.reaches("Success", "Failed")
-    assert record.state == "Success", run.seen()
-    run.logged("Beginning Flow run for 'empty'")
-    ended, at = run.job_ends()
-    assert ended == "Complete"
-    times = {state.state: state.timestamp for state in record.states}
-    figures = {
-        "submitted → running": times["Running"] - submitted,
-        "running → finished": times["Success"] - times["Running"],
-        "finished → Job complete": at - times["Success"],
-    }
-    with capsys.disabled():
-        print("\n" + ", ".join(f"{name}: {span.total_seconds():.1f} s" for name, span in figures.items()))
-    run.wait(lambda: not namespace.pods(record.id), "the Agent has deleted the Job and its pod", 2 * HEARTBEAT)
-    run.wait(lambda: namespace.jobs[record.id][-1][1] == "DELETED", "the Job is gone", 10)
-
-
-def test_invalid_parameter(submit: Submit) -> None:
-    run = submit(command="true", time_limit="1h")
-    assert "time_limit" in run.reaches("Failed", "Success").message
-    assert run.job_ends()[0] == "Complete"
-
-
-def test_daemon_image_that_cannot_be_pulled(submit: Submit, small_image: str) -> None:
-    """By design not with native_sidecar: the Agent does not look at init containers, and the run stays Submitted."""
-    template = load_job_template("docker_sidecar")
-    run = submit(edited(template, daemon_of(template)["image"], f"{small_image}-not"), command="true")
-    run.reaches("Failed", timeout=60 + 2 * HEARTBEAT)
-    run.job_ends(2 * HEARTBEAT)
-
-
-def test_five_runs_at_once(submit: Submit, namespace: Namespace) -> None:
-    runs = [
-        submit(load_job_template(["docker_sidecar", "native_sidecar"][number % 2]), command=f"echo run number {number}")
-        for number in range(5)
-    ]
-    for number, run in enumerate(runs):
-        assert run.reaches("Success", "Failed", timeout=240).state == "Success", run.seen()
-        run.logged(f"run number {number}")
+    """And one of the flow as it was registered, with its defaults."""
+    runs = {f"a run of {name}": submit(name, command=f"echo a run of {name}") for name in templates}
+    runs["Beginning Flow run for 'empty'"] = start(api, namespace)
+    for text, run in runs.items():
+        run.succeeds(text, timeout=240)
         assert run.job_ends()[0] == "Complete"
-    for run in runs:
-        run.wait(lambda run=run: not namespace.pods(run.record.id), "the pod is gone", 2 * HEARTBEAT)
+        assert not [other for other in runs if other != text and other in run.logs()]
+    for run in runs.values():
+        run.wait(lambda run=run: not run.pods(), "the Agent has deleted the Job", 2 * HEARTBEAT)
+        run.wait(lambda run=run: namespace.jobs[run.record.id][-1][1] == "DELETED", "the Job is gone", 10)
 
 
-def test_the_published_template_is_found_out(
-    submit: Submit, namespace: Namespace, agent: str, small_image: str
-) -> None:
-    template = yaml.safe_load(Path(__file__).with_name("published.yaml").read_text())
-    # the one addition: where its daemon finds images on a machine without Docker Hub
-    registry = small_image.partition("/")[0]
-    template["spec"]["template"]["spec"]["containers"][1]["args"] = [f"--insecure-registry={registry}"]
-    run = submit(template, command="echo hello")
-    assert run.reaches("Success", "Failed", timeout=240).state == "Success", run.seen()
-    [pod] = namespace.pods(run.record.id)
-    assert answers(namespace, agent, "agent", pod.status.pod_ip) == "open"
-    started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 60 or namespace.job_ended(run.record.id), "60 s", run.seen, 70)
-    assert namespace.job_ended(run.record.id) is None, "its Job never ends"
-    [pod] = namespace.pods(run.record.id)
-    states = {status.name: status.state for status in pod.status.container_statuses}
-    assert states["flow-container"].terminated
-    assert states["dind-daemon"].running
+# Pods that end before their run does: Kubernetes does the same with the pod of each template
+
+
+def test_a_job_that_is_out_of_time(submit: Submit) -> None:
+    template = load_job_template("native_sidecar")
+    template["spec"]["activeDeadlineSeconds"] = 30
+    run = submit(template, command=FOREVER)
+    run.container_writes("up")
+    run.reaches("Failed", "Success", "Cancelled", timeout=60)
+    run.ends_by_sigterm()
+
+
+def test_a_node_that_is_drained(submit: Submit) -> None:
+    """By evictions. Only of this run's pod: other tests use the node."""
+    run = submit("native_sidecar", command=FOREVER)
+    run.container_writes("up")
+    selector = f"--pod-selector={run.selector}"
+    try:
+        kubectl(f"drain {cluster.NODE} {selector} --delete-emptydir-data --timeout=60s")
+    finally:
+        kubectl(f"uncordon {cluster.NODE}")
+    run.ends_by_sigterm()
+
+
+def test_a_pod_that_is_deleted_during_the_pull(submit: Submit, api: PrefectAPI) -> None:
+    """From a registry, in this process, that takes connections, and never answers."""
+    host = api.server_address[0]
+    with socket.create_server((host, 0)) as silent:
+        image = f"{host}:{silent.getsockname()[1]}/none:1"
+        run = submit("native_sidecar", image=image)
+        pod = run.container_writes(f"Pulling {image}")
+        kubectl(f"delete pod {pod.name} --wait=false")
+        run.ends_by_sigterm(saves=False)
+
+
+@pytest.mark.timeout(600)
+def test_a_pod_that_is_evicted_for_its_disk(submit: Submit) -> None:
+    """kubelet looks at the disk once a minute, and gives an evicted pod no time to save."""
+    template = load_job_template("native_sidecar")
+    daemon_of(template)["resources"]["limits"]["ephemeral-storage"] = "1Gi"
+    run = submit(template, command=["sh", "-c", "dd if=/dev/zero of=/full bs=1M count=1200; echo full; sleep 600"])
+    run.fails(timeout=240)
+    assert run.job_ends(120)[0] == "Failed"
+    [pod] = run.pods()
+    assert pod.status.reason == "Evicted", pod.status

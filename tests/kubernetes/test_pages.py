@@ -1,45 +1,333 @@
-"""What the pages show for a cluster: own flows and templates, volumes, secrets, a company's CA, a network policy."""
+"""What the pages show for a cluster: own templates, volumes, secrets, a network policy, operations, other flows."""
 
 from __future__ import annotations
 
 import base64
 import json
 import os
+import shlex
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
-import docker
-import kubernetes.client
-import kubernetes.utils
 import pytest
-import trustme
 import yaml
+from prefect.run_configs import KubernetesRun
+from prefect.serialization.schedule import ScheduleSchema
 
-from flows.settings import PROJECT, load_job_template
+from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from scripts import cluster
-from scripts.base import DAEMON, REGISTRY_IMAGE
+from scripts.base import DAEMON
 from scripts.registry import REGISTRY
-from tests.conftest import container, private_registry, tar
-from tests.kubernetes.conftest import KUBECTL, SMALL_IMAGE, Namespace, Run
-from tests.kubernetes.test_production import volume
+from tests.conftest import PREFECT
+from tests.kubernetes.conftest import (
+    FOREVER,
+    LABELS,
+    NAMESPACE,
+    Namespace,
+    Pod,
+    Run,
+    Submit,
+    Template,
+    edited,
+    kubectl,
+    on_node,
+    readme,
+    replaced,
+    shell,
+    start,
+)
 from tests.support.pages import example, parameters
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
 
-Submit = Callable[..., Run]
-OwnFlow = Callable[..., Run]
-Template = dict[str, Any]
-PARALLEL = example("parallel")
+
+def patched(patch: str, folder: Path) -> Template:
+    """native_sidecar with a patch, by the command of docs/template.md."""
+    instead = {  # the tests' kubectl may be on the node, where these files are not
+        "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+        "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
+        "job_templates/own.yaml": str(folder / "own.yaml"),
+    }
+    readme("kubectl patch --local", instead)
+    return load_job_template(str(folder / "own.yaml"))
+
+
+def test_own_template(submit: Submit, tmp_path: Path) -> None:
+    """On a node with a label of the test's own."""
+    key = f"dedicated-{uuid.uuid4().hex[:8]}"
+    template = patched(example("own-template").replace("dedicated:", f"{key}:"), tmp_path)
+    run = submit(template, command="echo on my own template")
+    run.wait(lambda: "Unschedulable" in str(run.pods()), "no node has the label", 60)
+    readme("kubectl label node", {"NODE": cluster.NODE, "dedicated=": f"{key}="})
+    try:
+        run.succeeds("on my own template")
+    finally:
+        kubectl(f"label node {cluster.NODE} {key}-")
+
+
+def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
+    """The image of the daemon has a docker CLI, too."""
+    text = example("docker-in-a-container").replace("docker:29-cli", DAEMON).replace("alpine:3", small_image)
+    submit("native_sidecar", **parameters(text)).succeeds("built")
+
+
+def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
+    """On a hostPath volume, for the cluster may have nothing that provides others."""
+    name = f"datasets-{uuid.uuid4().hex[:8]}"
+    claim = yaml.safe_load(example("volume-claim"))
+    claim["spec"]["storageClassName"] = name
+    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
+    volume["spec"] = {"capacity": claim["spec"]["resources"]["requests"], "accessModes": claim["spec"]["accessModes"]}
+    volume["spec"] |= {"storageClassName": name, "hostPath": {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"}}
+    kubectl("create --filename -", yaml.safe_dump_all([volume, claim]))
+    try:
+        command = ["sh", "-c", "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600"]
+        binds = {"binds": ["/datasets:/datasets"]}
+        template = patched(example("volume-patch"), tmp_path)
+        pod = submit(template, command=command, host_config=binds).container_writes("up")
+        assert on_node("cat", f"/var/lib/{name}/file") == "kept"
+        pod.execute("flow-container", "touch", "/datasets/of-the-flow")
+        assert "of-the-flow" in pod.execute("dind-daemon", "ls", "/datasets")
+    finally:
+        kubectl(f"delete --wait=false pvc/datasets pv/{name}")
+
+
+def test_a_secret_reaches_the_container_and_nothing_else(submit: Submit, tmp_path: Path) -> None:
+    value = f"hunter2-{uuid.uuid4().hex}"
+    readme("kubectl --namespace flows create secret generic", {"value=…": f"value={value}"})
+    run = submit(patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters")))
+    run.succeeds(f"the key has {len(value)} characters")
+    run.job_ends()
+    states = [state.serialized_state for each in (run.record, *run.record.task_runs) for state in each.states]
+    assert value not in f"{run.logs()} {run.record.parameters} {run.record.run_config} {states}"
+
+
+# tries two addresses until both give an answer, or neither does
+PROBE = """
+import socket, sys, time
+def reach(address):
+    try: socket.create_connection((address, 80), 3).close(); return "open"
+    except OSError: return "closed"
+while {reach(address) for address in sys.argv[2:]} != {sys.argv[1]}: time.sleep(1)
+print("all", sys.argv[1])
+"""
+
+
+def test_network_policy(submit: Submit, agent: Pod) -> None:
+    """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
+    name = f"probe-{uuid.uuid4().hex[:8]}"
+    kubectl(f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80")
+    try:
+        kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
+        ask = f"get pod,service {name} --output jsonpath='{{.items[0].status.podIP}} {{.items[1].spec.clusterIP}}'"
+        addresses = kubectl(ask).split()
+        # the policy is for runs: the Agent's pod reaches the server
+        assert "all open" in agent.execute("agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
+        kubectl("create --filename -", example("network-policy"))
+        command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
+        run = submit("native_sidecar", image=PREFECT, command=command, time_limit=120)
+        run.succeeds("all closed")
+    finally:
+        kubectl(f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar")
+
+
+# a process that pulls an image, waits, and pulls another one
+PULLS = """
+import os, sys, time
+from flows.tasks import PullImage
+pull = PullImage(docker_server_url=os.environ["DOCKER_HOST"])
+pull.run(repository=sys.argv[1])
+print("the first pull is over", flush=True)
+while not os.path.exists("/workspace/go"):
+    time.sleep(0.2)
+pull.run(repository=sys.argv[2])
+print("so is the second", flush=True)
+"""
+
+
+@pytest.mark.timeout(500)
+def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
+    submit: Submit, namespace: Namespace, private_image: str, small_image: str, tmp_path: Path
+) -> None:
+    """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
+    address, ca = private_image.partition("/")[0], (tmp_path / "company-ca.crt").read_text()
+    template = edited("native_sidecar", '"configMap": {"name": "docker-sidecar"', '"configMap": {"name": "with-a-ca"')
+    mirror = json.dumps({"insecure-registries": [small_image.partition("/")[0]]})
+    kubectl(f"create configmap with-a-ca --from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'")
+    instead = {"registry.example.com": address, "=AWS": "=user"}
+    readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
+    for old in ("namespace: flows", "namespace: logins", "namespace flows"):
+        instead[old] = old.replace(old.split()[1], namespace.name)
+    *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
+    kubectl("create --filename -", yaml.safe_dump_all([*others, cron_job]))
+    pod = submit(template, command=FOREVER).container_writes("up")
+
+    def says(text: str) -> None:
+        said = partial(pod.execute, "flow-container", "cat", "/tmp/said")
+        wait_for(lambda: text in said(), text, said, 60)
+
+    script = 'nohup python -c "$0" "$@" >/tmp/said 2>&1 &'
+    pod.execute("flow-container", "sh", "-c", script, PULLS, small_image, private_image)
+    says("the first pull is over")
+
+    [script] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    account = f"--as=system:serviceaccount:{NAMESPACE}:renew-login"
+    shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
+
+    def current() -> bool:
+        # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
+        kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
+        found = pod.execute("flow-container", "cat", "/docker-config/config.json")
+        return "expired" not in found and base64.b64encode(b"user:password").decode() in found
+
+    wait_for(current, "the pod has the new login", namespace.report, 150)
+    pod.execute("flow-container", "touch", "/workspace/go")
+    says("so is the second")
+
+
+@pytest.mark.usefixtures("namespace")
+def test_the_stores_of_a_node_are_found(store: str) -> None:
+    on_node("mkdir", "-p", f"{store}/0")
+    instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {NAMESPACE}"}
+    assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
+
+
+@pytest.mark.timeout(600)
+def test_a_template_of_the_agents_is_changed_without_registering(
+    api: PrefectAPI, agent: Pod, namespace: Namespace, small_image: str
+) -> None:
+    """By the commands of the page."""
+
+    def run_says(text: str) -> None:
+        config = KubernetesRun(job_template_path="agent:///job-template/own.yaml", labels=LABELS).serialize()
+        parameters = {"image": small_image, "environment": ["TEMPLATE"], "command": ["sh", "-c", "echo $TEMPLATE"]}
+        start(api, namespace, parameters=parameters, run_config=config).succeeds(text)
+
+    def template(text: str) -> dict[str, str]:
+        """How the commands of the page read a template that says a text."""
+        job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
+        job["spec"]["template"]["spec"]["containers"][0]["env"].append({"name": "TEMPLATE", "value": text})
+        literal = shlex.quote(f"--from-literal=own.yaml={yaml.safe_dump(job)}")
+        return {"--from-file=job_templates/own.yaml": literal}
+
+    first, second = template("the first template"), template("the second template")
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml", first)
+    patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
+    readme("kubectl patch deployment prefect-agent", patch)
+
+    # the old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template
+    kubectl(f"wait --for=delete pod {agent.name} --timeout=120s")
+    kubectl("rollout status deployment prefect-agent --timeout=120s")
+    new = namespace.pod("app=prefect-agent")
+    run_says("the first template")
+    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
+
+    def changed() -> bool:
+        # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes
+        kubectl(f"annotate --overwrite pod {new.name} looked-at={uuid.uuid4()}")
+        return "second" in new.execute("agent", "cat", "/job-template/own.yaml")
+
+    wait_for(changed, "the Agent has the new template", namespace.report, 150)
+    run_says("the second template")
+
+
+# docs/from-your-flows.md: other flows start the registered flow, and a repository of one's own
+
+
+def register(api: PrefectAPI, folder: Path, source: str) -> str:
+    """Register a flow that starts the registered one; returns its id. It needs neither image nor Agent to run here."""
+    (folder / "parent.py").write_text(source)
+    home = str(folder / "home")  # of the storage
+    shell("prefect register --project containers --path parent.py", folder, **api.env, PREFECT__HOME_DIR=home)
+    return next(reversed(api.flows))
+
+
+@contextmanager
+def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
+    """A flow run's process, as an Agent would start it."""
+    environment |= {"PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"}
+    environment |= {**api.env, "PREFECT__CONTEXT__FLOW_RUN_ID": run.record.id}
+    command = [Path(sys.executable).with_name("prefect"), "execute", "flow-run"]
+    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def children(api: PrefectAPI, parent: Run) -> list[str]:
+    """The states of the runs that a run has started."""
+    return sorted(run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-"))
+
+
+def test_a_parent_on_a_schedule_ends_as_its_container_ends(
+    api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, tmp_path: Path
+) -> None:
+    """The tests' API has no scheduler. The test does what Prefect Server's does with the stored schedule."""
+    parent_id = register(api, tmp_path, example("scheduled").replace("alpine:3", small_image))
+    schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
+    events = schedule.next(10, return_events=True)
+    assert {event.parameter_defaults["command"] for event in events} == {"echo every night", "echo every Monday"}
+
+    fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
+    no_agent = ["executed-by-the-test"]
+    good = start(api, namespace, parent_id, parameters=events[0].parameter_defaults, labels=no_agent)
+    bad = start(api, namespace, parent_id, parameters=fails, labels=no_agent)
+    with executing(api, good), executing(api, bad):
+        good.succeeds(events[0].parameter_defaults["command"].removeprefix("echo "))
+        bad.fails()
+    assert any("exited with code 3" in str(run.message) for run in bad.record.task_runs)
+    assert (children(api, good), children(api, bad)) == (["Success"], ["Failed"])
+
+
+@pytest.fixture
+def slack() -> Iterator[HTTPServer]:
+    class Slack(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.server.messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.send_response(200)
+            self.end_headers()
+
+    with HTTPServer(("127.0.0.1", 0), Slack) as server:
+        server.messages = []
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_parent_with_retries_notification_and_results(
+    api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, slack: HTTPServer, tmp_path: Path
+) -> None:
+    """Two containers, one of which always fails: it is tried in two runs, and is told of once."""
+    fails = '{"image": "alpine:3", "command": ["sh", "-c", "exit 3"]}'
+    edits = {"range(30)\n]": f"[22]\n] + [{fails}]", "alpine:3": small_image}
+    edits |= {"max_retries=3": "max_retries=1", "minutes=1": "seconds=1"}
+    assert all(old in example("parent") for old in edits)
+    parent_id = register(api, tmp_path, replaced(example("parent"), edits))
+    run = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    url = f"http://127.0.0.1:{slack.server_port}"
+    with executing(api, run, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
+        run.fails(timeout=240)  # the total misses one of its two
+    assert children(api, run) == ["Failed", "Failed", "Success"], run.record
+    results = {each.map_index: each.state for each in run.record.task_runs if "run_container" in each.task.slug}
+    assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, run.record
+    [message] = slack.messages
+    assert "exited with code 3" in message
+
+
 SOURCES = {
     "two_containers": example("two-containers"),
     "build_and_run": example("build-and-run"),
-    "parallel": PARALLEL,
-    "parallel_processes": PARALLEL.replace('"threads"', '"processes"'),
+    "parallel": example("parallel"),
+    "parallel_processes": replaced(example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}),
 }
 IMPORTS = """
 from prefect.run_configs import KubernetesRun
@@ -50,289 +338,25 @@ settings = Settings.from_environ()
 RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][SOURCES["two_containers"].index("flow.run_config") :]
 
 
-@pytest.fixture
-def own_flow(api: PrefectAPI, agent: str, namespace: Namespace, small_image: str, tmp_path: Path) -> OwnFlow:
-    """Register a flow from a repository of its own, made as docs/from-your-flows.md says, and start a run of it."""
-
-    def own_flow(module: str, source: str, **parameters: Any) -> Run:
+@pytest.mark.timeout(500)
+def test_own_flows_in_a_repository_of_their_own(
+    api: PrefectAPI, deployment: None, namespace: Namespace, small_image: str, tmp_path: Path
+) -> None:
+    shell(example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path)
+    for module, source in SOURCES.items():
         if "flow.run_config" not in source:
             end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
             source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
-        source = source.replace('image_tag="1"', f'image_tag="{namespace.name}"')  # which the node has not pulled
-        register = example("register-own").replace("--project containers", f"--project {module}")
-        register = register.replace("two_containers", module)
-        environment = {**os.environ, **api.env, "FLOW_REGISTRY_URL": REGISTRY}
-        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        copy = example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT))
-        folder = tmp_path / module
-        folder.mkdir()
-        for script in (copy, f"cat >flows/{module}.py", f"prefect create project {module}", register):
-            done = subprocess.run(
-                ["bash", "-euc", script],
-                cwd=folder,
-                env=environment,
-                input=source,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            assert done.returncode == 0, done.stdout
-        flow_id = next(reversed(api.flows))
-        run_id = api.create_flow_run(flow_id, parameters={"image": small_image, **parameters})
-        return Run(namespace, api.flow_runs[run_id])
-
-    return own_flow
-
-
-@pytest.mark.parametrize("module", SOURCES)
-def test_own_flow(own_flow: OwnFlow, module: str) -> None:
-    run = own_flow(module, SOURCES[module])
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
-    if module == "build_and_run":
-        run.logged("hello from an image that this run has built")
-    elif module == "parallel":  # worker processes may end before they have sent their logs
-        for word in ("apple", "pear", "plum", "cherry"):
-            run.logged(f"hello {word}")
-    assert run.job_ends()[0] == "Complete"
-
-
-def test_workspace(submit: Submit, template: Template, namespace: Namespace) -> None:
-    """Files go from the container to the flow's user and back."""
-    there = "until [ -e /workspace/in ]; do sleep 0.1; done"
-    script = f"echo from the container >/workspace/out; echo up; {there}; cat /workspace/in"
-    run = submit(template, command=["sh", "-c", script], host_config={"binds": ["/workspace:/workspace"]})
-    pod = run.container_writes("up")
-    assert namespace.execute(pod, "flow-container", "cat", "/workspace/out") == "from the container\n"
-    namespace.execute(pod, "flow-container", "sh", "-c", "echo from the flow >/workspace/in")
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
-    run.logged("from the flow")
-
-
-def test_own_template(
-    submit: Submit, patched: Callable[[str], Template], namespace: Namespace, readme: Callable[..., str]
-) -> None:
-    """On a node with a label of the test's own."""
-    key = f"dedicated-{uuid.uuid4().hex[:8]}"
-    template = patched(example("own-template").replace("dedicated:", f"{key}:"))
-    run = submit(template, command="echo on my own template")
-    run.wait(lambda: "Unschedulable" in str(namespace.pods(run.record.id)), "no node has the label", 60)
-    readme("kubectl label node", {"NODE": cluster.NODE, "dedicated=": f"{key}="})
-    try:
-        assert run.reaches("Success", "Failed").state == "Success", run.seen()
-        run.logged("on my own template")
-    finally:
-        namespace.core.patch_node(cluster.NODE, {"metadata": {"labels": {key: None}}})
-
-
-def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
-    """The image of the daemon has a docker CLI, too."""
-    text = example("docker-in-a-container").replace("docker:29-cli", DAEMON).replace("alpine:3", small_image)
-    run = submit(load_job_template("native_sidecar"), **parameters(text))
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
-    run.logged("built")
-
-
-def test_volume_claim(submit: Submit, patched: Callable[[str], Template], namespace: Namespace) -> None:
-    """On a hostPath volume, for the cluster may have nothing that provides others."""
-    name = f"datasets-{uuid.uuid4().hex[:8]}"
-    path = {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"}
-    claim = yaml.safe_load(example("volume-claim"))
-    spec = {"capacity": claim["spec"]["resources"]["requests"], "accessModes": claim["spec"]["accessModes"]}
-    volume = {"metadata": {"name": name}, "spec": {**spec, "hostPath": path, "storageClassName": name}}
-    claim["spec"]["storageClassName"] = name
-    namespace.core.create_persistent_volume(volume)
-    try:
-        namespace.core.create_namespaced_persistent_volume_claim(namespace.name, claim)
-        template = patched(example("volume-patch"))
-        for command in ("echo kept >/datasets/file; chown 1000 /datasets", "cat /datasets/file; echo up; sleep 600"):
-            binds = {"binds": ["/datasets:/datasets"]}
-            run = submit(template, command=["sh", "-c", command], host_config=binds)
-            if "sleep" not in command:
-                assert run.reaches("Success", "Failed").state == "Success", run.seen()
-        pod = run.container_writes("kept")
-        namespace.execute(pod, "flow-container", "touch", "/datasets/of-the-flow")
-        assert "of-the-flow" in namespace.execute(pod, "dind-daemon", "ls", "/datasets")
-    finally:
-        namespace.core.delete_namespaced_persistent_volume_claim(claim["metadata"]["name"], namespace.name)
-        namespace.core.delete_persistent_volume(name)
-
-
-def test_a_secret_reaches_the_container_and_nothing_else(
-    submit: Submit, patched: Callable[[str], Template], readme: Callable[..., str], namespace: Namespace
-) -> None:
-    value = f"hunter2-{uuid.uuid4().hex}"
-    kubectl = {"--namespace flows": f"--namespace {namespace.name}", "value=…": f"value={value}"}
-    readme("kubectl --namespace flows create secret generic", kubectl)
-    run = submit(patched(example("secret-patch")), **parameters(example("secret-parameters")))
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
-    run.logged(f"the key has {len(value)} characters")
-    run.job_ends()
-    states = [state.serialized_state for each in (run.record, *run.record.task_runs) for state in each.states]
-    assert value not in f"{run.logs()} {run.record.parameters} {run.record.run_config} {states}"
-
-
-@pytest.fixture
-def private_ca_image(engine: docker.DockerClient, small_image: str, tmp_path: Path) -> Iterator[str]:
-    """The small image in a registry whose certificate is from a CA of its own, which is left in tmp_path."""
-    wait = "until [ -e /cert ]; do sleep 0.1; done; exec registry serve /etc/distribution/config.yml"
-    environment = {"REGISTRY_HTTP_TLS_CERTIFICATE": "/cert", "REGISTRY_HTTP_TLS_KEY": "/key"}
-    volumes = {"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
-    with container(
-        engine,
-        REGISTRY_IMAGE,
-        entrypoint=["sh", "-euc", wait],
-        environment=environment,
-        network=cluster.NETWORK,
-        volumes=volumes,
-    ) as found:
-        address = found.attrs["NetworkSettings"]["Networks"][cluster.NETWORK]["IPAddress"]
-        authority = trustme.CA()
-        certificate = authority.issue_cert(address)
-        authority.cert_pem.write_to_path(str(tmp_path / "company-ca.crt"))
-        key, cert = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
-        found.put_archive("/", tar({"key": key, "cert": cert}))
-        wait_for(lambda: b"listening on" in found.logs(), "the registry listens", found.logs)
-        yield f"{address}:5000/tests/busybox:1"
-
-
-def test_a_registry_with_a_companys_own_ca(
-    submit: Submit,
-    template: Template,
-    namespace: Namespace,
-    readme: Callable[..., str],
-    private_ca_image: str,
-    tmp_path: Path,
-) -> None:
-    name = f"ca-{uuid.uuid4().hex[:8]}"
-    volume(template, "daemon-config")["configMap"]["name"] = name
-    record = submit(template, image=private_ca_image, command="true").reaches("Failed", "Success")
-    assert record.state == "Failed"
-    assert "x509" in record.message
-    assert not [log for log in record.logs if "retry 1" in str(log.message)]
-
-    instead = {  # the kubectl of the tests is on the node
-        "--namespace flows": f"--namespace {namespace.name}",
-        "configmap docker-sidecar": f"configmap {name}",
-        "--from-file=daemon.json": "--from-literal=daemon.json={}",
-        "--from-file=company-ca.crt": f"--from-literal=company-ca.crt='{(tmp_path / 'company-ca.crt').read_text()}'",
-    }
-    readme("kubectl --namespace flows create configmap docker-sidecar", instead)
-    run = submit(template, image=private_ca_image, command="echo trusted")
-    assert run.reaches("Success", "Failed").state == "Success", run.seen()
-    run.logged("trusted")
-
-
-TWO_PULLS = """
-import os, time
-from pathlib import Path
-from prefect import Flow, Parameter, task
-from flows.states import fail_with_cause
-from flows.tasks import PullImage
-
-@task
-def wait_until_told():
-    while not Path("/workspace/go").exists():
-        time.sleep(0.2)
-
-docker_server_url = os.environ.get("DOCKER_HOST", "")
-with Flow("Two pulls", terminal_state_handler=fail_with_cause) as flow:
-    first = PullImage(docker_server_url=docker_server_url)(repository=Parameter("image"))
-    told = wait_until_told(upstream_tasks=[first])
-    PullImage(docker_server_url=docker_server_url)(repository=Parameter("private"), upstream_tasks=[told])
-
-"""
-
-
-def test_a_login_that_is_renewed_between_two_pulls_of_a_run(
-    own_flow: OwnFlow, namespace: Namespace, readme: Callable[..., str], engine: docker.DockerClient, tmp_path: Path
-) -> None:
-    """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
-    with private_registry(
-        engine, network=cluster.NETWORK, volumes={"docker-sidecar-registry": {"bind": "/var/lib/registry"}}
-    ) as registry:
-        address = f"{registry.attrs['NetworkSettings']['Networks'][cluster.NETWORK]['IPAddress']}:5000"
-        config = namespace.core.read_namespaced_config_map(cluster.CONFIG_MAP, namespace.name)
-        daemon_json = json.loads(config.data["daemon.json"])
-        daemon_json["insecure-registries"].append(address)
-        config.data["daemon.json"] = json.dumps(daemon_json)
-        namespace.core.replace_namespaced_config_map(cluster.CONFIG_MAP, namespace.name, config)
-        flows = {"--namespace flows": f"--namespace {namespace.name}", "registry.example.com": address}
-        readme(
-            "kubectl create secret docker-registry", {**flows, "docker-password=password": "docker-password=expired"}
-        )
-        text = example("renew-login").replace("namespace: flows", f"namespace: {namespace.name}")
-        text = text.replace("namespace: logins", f"namespace: {namespace.name}").replace("=AWS", "=user")
-        for old, new in flows.items():
-            text = text.replace(old, new)
-        *others, cron_job = yaml.safe_load_all(text)
-        for resource in (*others, cron_job):
-            kubernetes.utils.create_from_dict(namespace.api, resource)
-        run = own_flow("two_pulls", TWO_PULLS, private=f"{address}/{SMALL_IMAGE}")
-        run.wait(lambda: SMALL_IMAGE in run.logs() and " for " in run.logs(), "the first pull is over", 120)
-        [pod] = namespace.pods(run.record.id)
-
-        [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-        account = f"--as=system:serviceaccount:{namespace.name}:renew-login"
-        for name, script in {
-            "aws": "#!/bin/sh\necho password",
-            "kubectl": KUBECTL.replace("kubectl ", f"kubectl {account} "),
-        }.items():
-            (tmp_path / name).write_text(script)
-            (tmp_path / name).chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-        subprocess.run([*container["command"], *container["args"]], env=environment, check=True)
-
-        def current() -> bool:
-            # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
-            namespace.core.patch_namespaced_pod(
-                pod.metadata.name, namespace.name, {"metadata": {"annotations": {"looked-at": uuid.uuid4().hex}}}
-            )
-            found = namespace.execute(pod.metadata.name, "flow-container", "cat", "/docker-config/config.json")
-            return "expired" not in found and base64.b64encode(b"user:password").decode() in found
-
-        run.wait(current, "the pod has the new login", 150)
-        namespace.execute(pod.metadata.name, "flow-container", "touch", "/workspace/go")
-        assert run.reaches("Success", "Failed").state == "Success", run.seen()
-
-
-# a container that tries addresses until it reaches the second one, or no longer reaches it, and says what it reaches
-PROBE = """
-import socket, sys, time
-def reach(address):
-    try: socket.create_connection((address, 80), 3).close(); return "open"
-    except OSError: return "closed"
-while reach(sys.argv[3]) != sys.argv[1]: time.sleep(1)
-print(*[f"{reach(address)} {address}" for address in sys.argv[2:]], sep="\\n")
-"""
-
-
-def test_network_policy(submit: Submit, namespace: Namespace, agent: str) -> None:
-    """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
-    template = load_job_template("native_sidecar")
-    name, image = f"probe-{uuid.uuid4().hex[:8]}", "prefecthq/prefect:1.4.1"
-    server = {"name": "server", "image": image, "command": ["python", "-m", "http.server", "80"]}
-    pod = {"metadata": {"name": name, "labels": {"app": name}}, "spec": {"containers": [server]}}
-    namespace.core.create_namespaced_pod(namespace.name, pod)
-    service = {"metadata": {"name": name}, "spec": {"selector": {"app": name}, "ports": [{"port": 80}]}}
-    service_address = namespace.core.create_namespaced_service(namespace.name, service).spec.cluster_ip
-    policies = kubernetes.client.NetworkingV1Api(namespace.api)
-    policy = yaml.safe_load(example("network-policy"))
-
-    def address() -> Any:
-        return namespace.core.read_namespaced_pod(name, namespace.name).status.pod_ip
-
-    try:
-        addresses = [wait_for(address, "the server has an address", namespace.report, 60), service_address]
-        for expected, others in (("open", []), ("closed", ["169.254.169.254"])):
-            if expected == "closed":
-                policies.create_namespaced_network_policy(namespace.name, policy)
-            command = ["python", "-c", PROBE, expected, *addresses, *others]
-            run = submit(template, image=image, command=command, time_limit=120)
-            assert run.reaches("Success", "Failed").state == "Success", run.seen()
-            for each in addresses + others:
-                run.logged(f"{expected} {each}")
-    finally:
-        with suppress(kubernetes.client.ApiException):
-            policies.delete_namespaced_network_policy(policy["metadata"]["name"], namespace.name)
-        namespace.core.delete_namespaced_service(name, namespace.name)
-        namespace.core.delete_namespaced_pod(name, namespace.name, grace_period_seconds=0)
+        # a tag that the node has not pulled
+        (tmp_path / "flows" / f"{module}.py").write_text(source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"'))
+    modules = " ".join(f"-m flows.{module}" for module in SOURCES)
+    register = example("register-own").replace("-m flows.two_containers", modules)
+    shell(register, tmp_path, **api.env, FLOW_REGISTRY_URL=REGISTRY)
+    ids = [*api.flows][-len(SOURCES) :]
+    runs = {name: start(api, namespace, id, parameters={"image": small_image}) for name, id in zip(SOURCES, ids)}
+    for run in runs.values():
+        run.succeeds()
+        assert run.job_ends()[0] == "Complete"
+    runs["build_and_run"].logged("hello from an image that this run has built")
+    for word in ("apple", "pear", "plum", "cherry"):  # worker processes may end before they have sent their logs
+        runs["parallel"].logged(f"hello {word}")
