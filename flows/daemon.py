@@ -1,11 +1,14 @@
 """The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
 
 import base64
+import inspect
 import json
 import os
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +22,7 @@ from docker.utils.config import find_config_file
 from prefect.engine import signals
 
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
+warnings.filterwarnings("ignore", module="docker.credentials")  # of a helper that is missing: it is an error as well
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 
 
@@ -48,6 +52,18 @@ def failure(message: str) -> signals.FAIL:
     return signals.FAIL(abbreviated(message, 500))
 
 
+@contextmanager
+def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
+    """Turn an error of Docker, of the connection or of an argument into one FAIL: ``what`` failed, and why."""
+    try:
+        yield
+    except (*ERRORS, TypeError, ValueError) as error:
+        module = inspect.trace(0)[-1].frame.f_globals["__name__"]  # that raised the error
+        if isinstance(error, ERRORS) or module.startswith("docker.") or "unexpected keyword argument" in str(error):
+            raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
+        raise  # a bug
+
+
 def load_config() -> tuple[dict[str, Any], list[str]]:
     """Docker's configuration, with its logins as kubelet and the Docker CLI read them, and what is wrong with it."""
     path, faults = find_config_file(), []
@@ -69,18 +85,15 @@ def load_config() -> tuple[dict[str, Any], list[str]]:
     return {**config, "auths": logins} if logins else config, faults
 
 
-# The SDK's own reader knows no login without `auth`, and raises an error if one entry of many is broken.
-docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]
+docker.utils.config.load_general_config = lambda config_path=None: load_config()[0]  # the SDK's fails on one bad login
 
 
 def registry_login(repository: str) -> tuple[dict[str, Any], str]:
     """The login that Docker's configuration has for an image's registry, if any, and what is wrong with it."""
     (config, faults), login = load_config(), None
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the SDK's own, of a helper that is missing
-            registry, _ = docker.auth.resolve_repository_name(repository)
-            login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
+        registry, _ = docker.auth.resolve_repository_name(repository)
+        login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
     except Exception as error:  # of many types
         faults.append(f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}")
     return login or {}, "; ".join(faults)

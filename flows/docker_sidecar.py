@@ -2,8 +2,6 @@
 
 A Kubernetes Agent makes a Job from the job template, and puts this flow into the first container of its pod.
 A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
-
-``prefect register -m flows.docker_sidecar`` registers the flow; ``make run`` runs it on this machine.
 """
 
 import os

@@ -46,13 +46,12 @@ def frames(chunks: Iterable[bytes]) -> Output:
 
 
 def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Output:
-    """Read a container's output, as ``frames`` yields it. Raises an APIError if there is none to read."""
+    """Read a container's output, with a TTY as it is, else by frames. Raises an APIError if there is none to read."""
     url = client._url("/containers/{0}/logs", container_id)  # type: ignore[attr-defined]
     timeout = None if params.get("follow") else READ_SECONDS
     response = client.get(url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout)
     client._raise_for_status(response)  # type: ignore[attr-defined]
-    chunks = response.iter_content(chunk_size=None)
-    return ((STDOUT, chunk) for chunk in chunks) if tty else frames(chunks)  # with a TTY, the output is as it is
+    return ((STDOUT, chunk) for chunk in response.iter_content(None)) if tty else frames(response.iter_content(None))
 
 
 def follow(client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event) -> Output:
@@ -135,16 +134,13 @@ class Batch:
 
 
 class Watch:
-    """A running container: threads wait for its exit, read its output, and look at its progress bars.
-
-    Docker's logs have a line only when it has ended. Docker's "attach" has a progress bar at once, from the call on.
-    """
+    """A running container: threads wait for its exit, read its output, and look at its progress bars."""
 
     _handing_on = threading.Lock()  # one for all containers of this process: they share Prefect's uploads
 
     def __init__(self, client: docker.APIClient, url: str, container_id: str, tty: bool, options: Any) -> None:
         self.result: Any = None  # of the wait: Docker's answer, or an error
-        self._batch, self._fast = Batch(), False  # fast: the output is too much to look at it twice
+        self._batch, self._slow = Batch(), False  # slow: the output is little enough to look at it twice
         self._bars: dict[int, bytes] = defaultdict(bytes)  # by stream, the line that has not ended
         self._exited, self._over = threading.Event(), threading.Event()  # over: exited, and the output is read
         self._heard = time.monotonic()  # when the last output came, or the exit
@@ -169,14 +165,16 @@ class Watch:
             self._exited.wait()
             self._over.set()
 
-        def look_at_bars() -> None:
+        def look_at_bars() -> None:  # Docker's logs have a line when it has ended, its "attach" has it at once
             while not self._over.wait(FLUSH_SECONDS):
+                if not self._slow:
+                    continue
                 with suppress(Exception):  # read_output() reports what is wrong
                     pairs: Any = client.attach(container_id, stream=True, demux=True)
-                    for pair in itertools.takewhile(lambda _: not self._fast, pairs):
+                    for pair in itertools.takewhile(lambda _: self._slow, pairs):
                         for stream, data in zip((STDOUT, STDERR), pair):
                             self._bars[stream] = (self._bars[stream] + (data or b"")).rpartition(b"\n")[2][-BLOCK:]
-                    pairs.close()
+                    pairs._response.close()  # its own close() leaves the connection open, and the container then hangs
                 self._bars.clear()
 
         for target in (wait_for_exit, read_output, look_at_bars):
@@ -192,7 +190,7 @@ class Watch:
 
         deadline, flushes, shown = time.monotonic() + seconds, itertools.count(1), list[tuple[int, str]]()
         while not self._over.wait(FLUSH_SECONDS):
-            self._fast, exited = self._hand_on(log) < 0.9 * UPLOAD_BYTES, self._exited.is_set()
+            self._slow, exited = self._hand_on(log) > 0.9 * UPLOAD_BYTES, self._exited.is_set()
             if exited and time.monotonic() - self._heard > OUTPUT_GRACE_SECONDS:
                 log((SYSTEM, "Docker did not end the output after the exit; lines may be missing"))
                 break

@@ -86,6 +86,4 @@ def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
 def fail_on_invalid_parameters(flow: prefect.Flow, old: State, new: State) -> State | None:
     """State handler of the flow: with invalid parameters the run fails before its first task."""
     fault = validate_parameters(prefect.context.parameters) if new.is_running() else None
-    if fault:
-        prefect.context.logger.error(fault)
     return Failed(fault, result={}) if fault else None  # by task; without it `flow.run()` would crash

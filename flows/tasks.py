@@ -19,7 +19,8 @@ from docker.errors import DockerException, InvalidArgument
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 
-from flows.daemon import ERRORS, abbreviated, connect, error_message, failure, wait_for_daemon
+from flows import daemon
+from flows.daemon import ERRORS, abbreviated, connect, error_message, failure
 from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
 from flows.parameters import environment_strings
 from flows.pull import Pull
@@ -52,14 +53,8 @@ def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]]
             if not given[names[0]]:
                 raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
             given["extra_docker_kwargs"] = given["extra_docker_kwargs"] or {}
-            try:
+            with daemon.docker_errors_as_failures(what, given["docker_server_url"]):
                 return run(self, **given)
-            except (*ERRORS, TypeError, ValueError) as error:
-                module = inspect.trace(0)[-1].frame.f_globals["__name__"]  # that raised the error
-                sdk = module.startswith("docker.") or "unexpected keyword argument" in str(error)
-                if not (isinstance(error, ERRORS) or sdk):
-                    raise  # a bug
-                raise failure(f"{what}: {error_message(error, given['docker_server_url'])}") from None
 
         method.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *ours])  # type: ignore
         return method
@@ -80,7 +75,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         """Pull ``repository``, which may hold a tag or a digest itself."""
         separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
-        client = wait_for_daemon(docker_server_url, self.logger)
+        client = daemon.wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
         options = {"repository": repository, "tag": tag, **rest["extra_docker_kwargs"]}
         pull = Pull(client, options, self.logger.debug if rest["stream_logs"] else lambda _: None)
@@ -181,8 +176,6 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             with suppress(*ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
             watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
-            if isinstance(error, ERRORS):
-                raise failure(f"{name}: {error_message(error, docker_server_url)}") from None
             raise
         code, reason = watch.result.get("StatusCode"), (watch.result.get("Error") or {}).get("Message")
         if rest["raise_on_exit_code"] and (reason or code):

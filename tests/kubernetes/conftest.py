@@ -1,7 +1,5 @@
 """A real kind cluster, a real Agent in it, and the flow, registered by the real CLI."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -87,7 +85,7 @@ class Namespace:
     def pods(self, selector: str) -> list[Any]:
         return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
 
-    def pod(self, selector: str) -> Pod:
+    def pod(self, selector: str) -> "Pod":
         [found] = self.pods(selector)
         return Pod(self, found.metadata.name, found.status.pod_ip)
 

@@ -1,7 +1,5 @@
 """docs/admission.md: a namespace that holds only these pods, with an Agent that has few rights."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Iterator
@@ -122,12 +120,20 @@ def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str
     assert "no privileged debug containers" in shell(debug)
 
 
-def test_a_rule_for_the_node_pool(team: Namespace) -> None:
+@pytest.mark.parametrize(
+    ("rule", "refused", "message", "admitted"),
+    [
+        ("node-pool-rule", pod(), "only on the nodes", pod(nodeSelector={"dedicated": "containers"})),
+        ("gvisor-rule", job_pod(), "only gVisor", job_pod("gvisor_sidecar")),
+    ],
+    ids=["node pool", "gVisor"],
+)
+def test_a_rule_more(team: Namespace, rule: str, refused: Body, message: str, admitted: Body) -> None:
     """Added to the policy of the page."""
-    rule = [{"op": "add", "path": "/spec/validations/-", "value": yaml.safe_load(example("node-pool-rule"))[0]}]
-    shell(f"kubectl patch validatingadmissionpolicy {TEAM} --type json --patch {shlex.quote(json.dumps(rule))}")
+    added = [{"op": "add", "path": "/spec/validations/-", "value": yaml.safe_load(example(rule))[0]}]
+    shell(f"kubectl patch validatingadmissionpolicy {TEAM} --type json --patch {shlex.quote(json.dumps(added))}")
     try:
-        wait_for(lambda: "only on the nodes" in tried(pod()), "the rule is in force", timeout=60)
-        assert "created" in tried(pod(nodeSelector={"dedicated": "containers"}))
+        wait_for(lambda: message in tried(refused, JOB_CONTROLLER), "the rule is in force", timeout=60)
+        assert "created" in tried(admitted, JOB_CONTROLLER)
     finally:
         readme("kubectl apply --filename admission-policy.yaml", POLICY)

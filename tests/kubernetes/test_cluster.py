@@ -1,7 +1,5 @@
 """From `prefect register` to a finished Job, on a real cluster with a real Agent."""
 
-from __future__ import annotations
-
 import re
 import socket
 from functools import partial

@@ -1,7 +1,5 @@
 """What the pages show for a cluster: own templates, volumes, secrets, a network policy, operations, other flows."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Preflight on a real cluster: all is fine, then one thing at a time is not. The pages' test runs `make preflight`."""
 
-from __future__ import annotations
-
 import json
 import uuid
 from collections.abc import Callable, Iterator

@@ -187,6 +187,7 @@ class FlowRun(Run):
     scheduled_start_time: datetime
     task_runs: list[TaskRun] = field(default_factory=list)
     logs: list[SimpleNamespace] = field(default_factory=list, repr=False)
+    heartbeats: int = 0
 
     flow_id = property(lambda self: self.flow.id)
 
@@ -278,7 +279,11 @@ class Store:
     def _ignore(self, **_: Any) -> Any:
         return self.success
 
-    set_schedule_active = register_edges = update_flow_run_heartbeat = _ignore  # no answer depends on them
+    set_schedule_active = register_edges = _ignore  # no answer depends on them
+
+    def update_flow_run_heartbeat(self, flow_run_id: str) -> Any:
+        self._find(self.flow_run, flow_run_id, "Invalid flow run ID").heartbeats += 1
+        return self.success
 
     def create_flow_run(
         self, flow_id: str, labels: Any = None, parameters: Any = None, run_config: Any = None, **more: Any
