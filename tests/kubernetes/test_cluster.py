@@ -110,7 +110,7 @@ def test_a_run_in_progress(
 
 
 def test_container_exits_3_and_the_run_is_restarted(submit: Submit, template_name: str, api: PrefectAPI) -> None:
-    """Row 2: what the UI's button does. The new pod's daemon has no containers, so everything runs again."""
+    """What the UI's button does. The new pod's daemon has no containers, so everything runs again."""
     run = submit(template_name, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
     assert "exited with code 3" in run.fails()
     assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
@@ -250,7 +250,7 @@ def test_configuration_ca_login_and_proxy(
     """By the ConfigMap and the Secret of the pages. What is missing is said by the flow, so one template tells."""
     name, tells = Path(store).name, template_name == "native_sidecar"
     template = edited(template_name, "docker-sidecar", name)  # another run may have filled the store
-    # Row 1: the Agent's NO_PROXY takes the place of the template's
+    # the Agent's NO_PROXY takes the place of the template's
     proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "172.16.0.0/12"}
     env = template["spec"]["template"]["spec"]["containers"][0]["env"]
     env += [{"name": key, "value": value} for key, value in proxy.items()]
