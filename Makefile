@@ -3,7 +3,6 @@
 .PHONY: help run test test-unit test-kubernetes test-cgroup2 lint bench cluster-up cluster-down airgap preflight lock clean
 
 BIN := .venv/bin
-unexport PYTHONDONTWRITEBYTECODE # each process would compile Prefect again, for a second
 
 # These count where they stand on make's command line: an environment may have variables of these names. They are
 # passed on unchanged: otherwise make would expand $ in them.

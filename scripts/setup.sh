@@ -36,7 +36,8 @@ if ! made ready; then
   touch .venv/ready
 fi
 if [ "${1-}" = dev ] && ! made dev -dev; then
-  echo "setup: the packages of tests and linters"
-  .venv/bin/uv pip sync --quiet requirements-dev.txt
+  echo "setup: the packages of tests and linters (about 15 s)"
+  # compiled, because the tests start many processes, and where Python may not write bytecode each compiles Prefect again
+  .venv/bin/uv pip sync --compile-bytecode --quiet requirements-dev.txt
   touch .venv/dev
 fi
