@@ -4,7 +4,7 @@
 #   scripts/airgap/programs.sh docker            # 4 minutes on two cores; a moment when they are there
 #   scripts/airgap/programs.sh kubernetes        # 8 minutes
 #   scripts/airgap/programs.sh network-policy    # 2 minutes
-#   scripts/airgap/programs.sh gvisor            # 3 minutes
+#   scripts/airgap/programs.sh gvisor            # 2 minutes
 #
 # Exit status 3: there is no Go to build them with; or with --if-built, they are not there.
 #
