@@ -16,6 +16,9 @@ endif
 endef
 NAMES := IMAGE COMMAND ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT NAMESPACE SERVICE_ACCOUNT PROJECT
 $(foreach name,$(NAMES),$(eval $(call of_command_line,$(name))))
+# What else may stand there: what the programs read from the environment. Anything else is a misspelt parameter.
+OTHERS := BIN DOCKER_% FLOW_% GO% HOME JOB_TEMPLATE KIND_% KUBE% MAKE% PATH PIP_% PREFECT__% PYTHON% SHELL UV_% XDG_% %_PROXY %_proxy
+unknown = $(filter-out $(NAMES) $(OTHERS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +30,7 @@ help: ## list the targets
 	@scripts/setup.sh dev
 
 run: .venv/ready ## run the flow on your Docker engine; IMAGE=… COMMAND=… and the flow's other parameters
+	$(if $(unknown),$(error run: there is no parameter $(unknown). Known: $(NAMES)))
 	@$(BIN)/python -m scripts.run
 
 test: lint ## lint, and run all tests that this machine can run

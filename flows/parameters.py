@@ -61,8 +61,8 @@ _PARAMETERS: dict[str, tuple[Callable[[Any], object], str, str]] = {
     "image": (lambda it: isinstance(it, str) and bool(re.fullmatch(IMAGE, it)), "an image reference", "alpine:3"),
     "command": (_is_command, "a string, a list of words or null", """'["sh","-c","echo one"]'"""),
     "environment": (environment_strings, "a mapping or a list", """'{"NAME":"value"}' or '["NAME"]'"""),
-    "host_config": (lambda it: HostConfig(VERSION, **it), "a mapping", """'{"mem_limit":"1g"}'"""),
-    "extra_docker_kwargs": (_is_extra, "a mapping", """'{"user":"1000"}'"""),
+    "host_config": (lambda it: HostConfig(VERSION, **it), "a mapping of options", """'{"mem_limit":"1g"}'"""),
+    "extra_docker_kwargs": (_is_extra, "a mapping of options", """'{"user":"1000"}'"""),
     "time_limit": (lambda it: type(it) in (int, float) and it > 0, "the seconds", "60"),
 }
 

@@ -63,6 +63,15 @@ def test_only_what_stands_on_makes_command_line_counts(arguments: list[str], see
     assert {line for line in shown.splitlines() if line.partition("=")[0] in NAMES} == set(seen)
 
 
+@pytest.mark.parametrize(("given", "known"), [("IMGE=a", False), ("image=a", False), ("JOB_TEMPLATE=a", True)])
+def test_a_misspelt_parameter_is_refused(given: str, known: bool) -> None:
+    """Otherwise another container would run, and succeed."""
+    command, environment = ["make", "--dry-run", "run", given], {**os.environ, "PATH": os.defpath}
+    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
+    assert (done.returncode == 0) is known
+    assert (f"no parameter {given[:-2]}." in done.stderr) is not known
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
 def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals) -> None:
     """A signal may come twice: make sends SIGTERM as well."""
