@@ -145,7 +145,7 @@ def start() -> docker.DockerClient:
         if not (client := own()):
             raise SetupError(f"dockerd cannot be started. The end of its log:\n{log.read_text()[-1500:]}")
         if not can_pull(client, base.PREFECT[0]):
-            say("Docker Hub is out of reach: a local registry with stand-in images takes its place; other images of the Hub cannot be pulled")
+            say("Docker Hub is out of reach: a local registry with stand-ins takes its place, for the images it has")
             registry.start(client, base.PREFECT[0])
     except BaseException:
         stop()
