@@ -17,8 +17,10 @@ endef
 NAMES := IMAGE COMMAND ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT NAMESPACE SERVICE_ACCOUNT PROJECT
 $(foreach name,$(NAMES),$(eval $(call of_command_line,$(name))))
 # What else may stand there: what the programs read from the environment. Anything else is a misspelt parameter.
-OTHERS := BIN DOCKER_% FLOW_% GO% HOME JOB_TEMPLATE KIND_% KUBE% MAKE% PATH PIP_% PREFECT__% PYTHON% SHELL UV_% XDG_% %_PROXY %_proxy
-unknown = $(filter-out $(NAMES) $(OTHERS),$(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name))))
+OTHERS := BIN DOCKER_% FLOW_% GO% HOME JOB_TEMPLATE KIND_% KUBE% MAKE% PATH PIP_% PREFECT__% PYTHON% SHELL UV_% XDG_%
+given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+unknown = $(filter-out $(NAMES) $(OTHERS) %_PROXY %_proxy,$(given))
+refuse_unknown = $(if $(unknown),$(error there is no parameter $(unknown). Known: $(NAMES)))
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,7 +32,7 @@ help: ## list the targets
 	@scripts/setup.sh dev
 
 run: .venv/ready ## run the flow on your Docker engine; IMAGE=… COMMAND=… and the flow's other parameters
-	$(if $(unknown),$(error run: there is no parameter $(unknown). Known: $(NAMES)))
+	$(refuse_unknown)
 	@$(BIN)/python -m scripts.run
 
 test: lint ## lint, and run all tests that this machine can run
@@ -67,6 +69,7 @@ airgap: .venv/ready ## without Docker Hub: build all images, Docker and Kubernet
 	@$(BIN)/python -m scripts.cluster airgap
 
 preflight: .venv/ready ## check the setup for Kubernetes; changes nothing; NAMESPACE=… SERVICE_ACCOUNT=… PROJECT=…
+	$(refuse_unknown)
 	@$(BIN)/python -m scripts.preflight
 
 lock: .venv/ready ## update requirements.txt and requirements-dev.txt

@@ -70,6 +70,14 @@ def ready(container: Container) -> Container:
     return container
 
 
+def second_after(start: Start, script: str) -> Container:
+    """A daemon on the store of one that has run a script, and was killed."""
+    first = ready(start(KEPT))
+    sh(first, script)
+    first.kill("SIGKILL")
+    return ready(start(KEPT))
+
+
 def end(container: Container, within: float = 20) -> tuple[int, str]:
     """The exit code of a container that has to end within some seconds, and what it wrote."""
     wait_for(lambda: container.reload() or container.status == "exited", "the container ends", container.logs, within)
@@ -100,10 +108,7 @@ def test_daemon_json_cannot_open_the_daemon(start: Start) -> None:
 
 
 def test_layers_outlive_the_pod_and_its_sudden_death(start: Start) -> None:
-    first = ready(start(KEPT))
-    sh(first, f"{KEEP}; docker network create stale; docker volume create named")
-    first.kill("SIGKILL")
-    second = ready(start(KEPT))
+    second = second_after(start, f"{KEEP}; docker network create stale; docker volume create named")
     assert sh(second, IMAGES) == "kept"
     left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
     assert sh(second, left) == "", "what the first one left is gone before the flow starts"
@@ -125,10 +130,7 @@ def test_daemons_at_once_have_a_slot_each_while_there_are_slots(start: Start) ->
 
 
 def test_a_store_that_dockerd_cannot_use_is_set_aside(start: Start) -> None:
-    first = ready(start(KEPT))
-    sh(first, f"{KEEP}; echo broken >/store/0/network/files/local-kv.db")
-    first.kill("SIGKILL")
-    second = ready(start(KEPT))
+    second = second_after(start, f"{KEEP}; echo broken >/store/0/network/files/local-kv.db")
     assert sh(second, IMAGES) == ""
     assert sh(second, "ls -d /store/0.broken/network") == "/store/0.broken/network"
     assert b"set aside as /store/0.broken" in second.logs()

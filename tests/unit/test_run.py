@@ -63,10 +63,18 @@ def test_only_what_stands_on_makes_command_line_counts(arguments: list[str], see
     assert {line for line in shown.splitlines() if line.partition("=")[0] in NAMES} == set(seen)
 
 
-@pytest.mark.parametrize(("given", "known"), [("IMGE=a", False), ("image=a", False), ("JOB_TEMPLATE=a", True)])
-def test_a_misspelt_parameter_is_refused(given: str, known: bool) -> None:
+@pytest.mark.parametrize(
+    ("target", "given", "known"),
+    [
+        ("run", "IMGE=a", False),
+        ("run", "image=a", False),
+        ("preflight", "NAMESPCE=a", False),
+        ("run", "JOB_TEMPLATE=a", True),
+    ],
+)
+def test_a_misspelt_parameter_is_refused(target: str, given: str, known: bool) -> None:
     """Otherwise another container would run, and succeed."""
-    command, environment = ["make", "--dry-run", "run", given], {**os.environ, "PATH": os.defpath}
+    command, environment = ["make", "--dry-run", target, given], {**os.environ, "PATH": os.defpath}
     done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) is known
     assert (f"no parameter {given[:-2]}." in done.stderr) is not known
