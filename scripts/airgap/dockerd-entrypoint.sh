@@ -20,14 +20,15 @@ if [ "$1" = dockerd ]; then
     set -- docker-init -- "$@"
     # cgroup v2: a privileged container of Kubernetes has the node's cgroup namespace, and what dockerd starts would be
     # outside of the pod. So dockerd gets a namespace whose root is the container's own cgroup. Only a cgroup without
-    # processes hands its controllers down. The path is there because busybox's shell would take its own unshare.
+    # processes hands its controllers down, and each exec into the container adds one. The write is echo's, because the
+    # sed of Debian's busybox does not see that it failed; unshare has its path, because the shell would take its own.
     if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
         # shellcheck disable=SC2016 # the inner shell expands it
         set -- /usr/bin/unshare --cgroup --mount sh -euc '
             c=/sys/fs/cgroup; umount $c; mount -t cgroup2 cgroup2 $c; mkdir -p $c/init
-            for attempt in $(seq 50); do
+            controllers=$(sed "s/ / +/g; s/^/+/" $c/cgroup.controllers)
+            until echo "$controllers" >$c/cgroup.subtree_control; do
                 for process in $(cat $c/cgroup.procs); do echo "$process" >$c/init/cgroup.procs || true; done
-                ! sed "s/ / +/g; s/^/+/" $c/cgroup.controllers >$c/cgroup.subtree_control || break
             done 2>/dev/null
             exec "$@"' sh "$@"
     fi
