@@ -28,7 +28,7 @@ ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 
 def unavailable(error: BaseException) -> bool:
     """Whether the daemon may only be late: nothing answers, a proxy answers with a 5xx, or certificates are missing."""
-    cause = error.__cause__ or error
+    cause = (isinstance(error, DockerException) and error.__cause__) or error
     answered = isinstance(error, APIError) or (isinstance(cause, APIError) and cause.is_client_error())
     return not answered and isinstance(cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError))
 

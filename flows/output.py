@@ -59,17 +59,14 @@ def follow(client: docker.APIClient, container_id: str, tty: bool, exited: threa
 
     After a stream that breaks, only new output is read, because timestamps cannot tell what was lost.
     """
-    params = {"follow": 1}
-    for attempt in itertools.count(1):
-        output, broken = read(client, container_id, tty, **params), True
+    for attempt in itertools.takewhile(lambda attempt: attempt == 1 or not exited.is_set(), itertools.count(1)):
+        output, broken = read(client, container_id, tty, follow=1, tail="all" if attempt == 1 else 0), True
         with suppress(requests.RequestException):
             for stream, data in output:
                 yield stream, b"output could not be read: " + data if stream == SYSTEM else data
             broken = False
-        if exited.wait(min(attempt, 10)) and not broken:  # Docker reports the exit a little after the end of the stream
-            return
-        yield SYSTEM, b"Docker ended the output too early; lines may be missing\n"
-        params["tail"] = 0
+        if not exited.wait(min(attempt, 10)) or broken:  # Docker reports the exit a little after the end of the stream
+            yield SYSTEM, b"Docker ended the output too early; lines may be missing\n"
 
 
 def newest_state(line: str) -> str:
@@ -177,8 +174,7 @@ class Watch:
                     pairs._response.close()  # its own close() leaves the connection open, and the container then hangs
                 self._bars.clear()
 
-        for target in (wait_for_exit, read_output, look_at_bars):
-            threading.Thread(target=target, daemon=True).start()
+        self._threads = [threading.Thread(target=it, daemon=True) for it in (look_at_bars, read_output, wait_for_exit)]
 
     def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
         """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
@@ -188,6 +184,8 @@ class Watch:
                 text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # see abbreviated()
                 (logger.info if stream == STDOUT else logger.warning)(text)
 
+        while self._threads:  # not before the caller stops the container after an interruption
+            self._threads.pop().start()
         deadline, flushes, shown = time.monotonic() + seconds, itertools.count(1), list[tuple[int, str]]()
         while not self._over.wait(FLUSH_SECONDS):
             self._slow, exited = self._hand_on(log) > 0.9 * UPLOAD_BYTES, self._exited.is_set()

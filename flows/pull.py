@@ -21,7 +21,7 @@ PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 _NAMES = r'"[^"]*"|\bfor \S+|\S*[/%@.:]\w\S*'
 _OVERLOADED = r"(?i)(?<!\S)(429|50[0-4])\b|too ?many ?requests"  # transient, whatever else is said
 _PERMANENT = (
-    r"(?i)(?P<proxy>proxy authentication required)|(?P<expired>(?:denied|token).*expired)|(?P<forbidden>forbidden)"
+    r"(?i)(?P<proxy>proxy authentication)|(?P<expired>denied.*expired|token[^:]*expired)|(?P<forbidden>forbidden)"
     r"|permission denied|denied by plugin|(?P<login>denied|unauthorized|authentication required|no basic auth|_scope)"
     r"|not found|(?:manifest|name) unknown|unknown blob|no matching manifest|no space left|x509|HTTP response to HTTPS"
 )

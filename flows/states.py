@@ -11,6 +11,8 @@ import prefect
 from prefect.engine import signals
 from prefect.engine.state import Cancelled, Cancelling, Failed, Mapped, Pending, Queued, State
 
+from flows.daemon import abbreviated
+
 SIGTERM_CAUSE = "The flow's process got SIGTERM: pod deleted or evicted, node drained, or activeDeadlineSeconds passed"
 LOST = "The run's pod was lost, and nobody knows what its container has done. Restart the run to run all tasks again"
 
@@ -27,7 +29,7 @@ def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> boo
 def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
     """Terminal state handler: a failed run's message is its cause, not "some reference tasks failed"."""
     causes = sorted({str(reference.message) for reference in reference_states if reference.is_failed()})
-    return Failed("; ".join(causes), result=state.result) if state.is_failed() else None
+    return Failed(abbreviated("; ".join(causes), 1000), result=state.result) if state.is_failed() else None
 
 
 def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | None:

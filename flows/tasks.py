@@ -73,7 +73,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
     @_run("Pulling the image", prefect_docker.PullImage)
     def run(self, repository: str, tag: Any, docker_server_url: str, **rest: Any) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
-        separator, started = "@" if tag and tag.startswith("sha256:") else ":", time.monotonic()
+        separator, started = "@" if tag and str(tag).startswith("sha256:") else ":", time.monotonic()
         image = f"{repository}{separator}{tag}" if tag else repository
         client = daemon.wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
@@ -82,9 +82,8 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         pull.start()
         pull.join(PROGRESS_SECONDS)
         while pull.is_alive():
-            silence, progress = time.monotonic() - pull.heard, str(pull)
-            if silence >= PROGRESS_SECONDS:
-                progress += f"; nothing came for {silence:.0f} s"
+            silence = time.monotonic() - pull.heard
+            progress = f"{pull}; nothing came for {silence:.0f} s" if silence >= PROGRESS_SECONDS else str(pull)
             if silence >= PULL_SILENCE_SECONDS:
                 pull.error = DockerException(f"{progress}: the registry or the daemon hangs")
                 break
@@ -94,8 +93,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             words = error_message(pull.error, docker_server_url)
             with suppress(*ERRORS):
                 if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
-                    words = abbreviated(words, 300)
-                    self.logger.warning(f"Pulling {image}: {words}; the run goes on with the image that the daemon has")
+                    self.logger.warning(f"Pulling {image}: {abbreviated(words, 300)}; the image on the daemon is used")
                     return image
             raise pull.signal(image, words)
         if pull.error:
@@ -122,7 +120,7 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         options["host_config"] = client.create_host_config(**(options["host_config"] or {}))
         options.update(extra_docker_kwargs)
         host_config = options["host_config"] or {}
-        policy = host_config.get("RestartPolicy", {}).get("Name")
+        policy = (host_config.get("RestartPolicy") or {}).get("Name")
         if policy not in (None, "", "no"):
             raise InvalidArgument(f"the restart policy {policy!r} hides the container's exit; use Prefect's retries")
         if host_config.pop("AutoRemove", False):
@@ -179,8 +177,10 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             raise
         code, reason = watch.result.get("StatusCode"), (watch.result.get("Error") or {}).get("Message")
         if rest["raise_on_exit_code"] and (reason or code):
-            killed = client.inspect_container(container_id)["State"]["OOMKilled"]
-            memory = ", killed because it exceeded its memory limit (OOMKilled)" if killed else ""
+            memory = ""
+            with suppress(*ERRORS):  # the container may have been removed since
+                if client.inspect_container(container_id)["State"]["OOMKilled"]:
+                    memory = ", killed because it exceeded its memory limit (OOMKilled)"
             raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
         self.logger.info(f"{name} exited with code {code}")
         return watch.result

@@ -81,7 +81,9 @@ def up(client: docker.DockerClient) -> None:
         for name in (registry.REGISTRY, "docker.io"):  # point the node's containerd at the registry
             folder = f"/etc/containerd/certs.d/{name}"
             script = f"mkdir -p {folder}; echo '[host.\"http://{address}\"]' >{folder}/hosts.toml; touch {CONFIGURED}"
-            client.containers.get(NODE).exec_run(["sh", "-c", script])
+            code, output = client.containers.get(NODE).exec_run(["sh", "-euc", script])
+            if code != 0:
+                raise SetupError(f"the node cannot be pointed at the registry: {output!r}")
         create(daemon_config(client, "default"))
         create(GVISOR)
     except BaseException:
@@ -164,7 +166,7 @@ def main(what: str, *folders: str) -> None:
                     path.unlink()
     elif what == "test":
         commands = [[sys.executable, "-m", "pytest", f"-n{WORKERS[it]}", it] for it in folders or testable()]
-        sys.exit(max(subprocess.run(command).returncode for command in commands))
+        sys.exit(max(abs(subprocess.run(command).returncode) for command in commands))  # negative: by a signal
     elif what == "bench":
         paths = [str(path) for folder in testable() for path in Path(folder).glob("bench_*.py")]
         sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)

@@ -165,7 +165,8 @@ def stop() -> None:
             for hung in psutil.wait_procs([process], timeout=base.START_SECONDS)[1]:
                 hung.kill()
             say("dockerd has ended")
-    while _started:
+    while _started:  # without a pid file, too: it may have been interrupted before it had one
+        _started[-1].terminate()
         _started.pop().wait()
     for mount in reversed(psutil.disk_partitions(all=True)):
         if mount.mountpoint.startswith(f"{HOME}/"):  # the namespace of the host's network, for one

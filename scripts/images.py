@@ -6,7 +6,7 @@ import docker
 from docker.errors import ImageNotFound
 
 from scripts.airgap import images as stand_ins
-from scripts.base import UNREACHABLE
+from scripts.base import UNREACHABLE, say
 
 
 def can_pull(client: docker.DockerClient, image: str) -> bool:
@@ -22,9 +22,11 @@ def provide(client: docker.DockerClient, *names: str) -> None:
         try:
             is_stand_in = stand_ins.LABEL in client.images.get(name).labels
         except ImageNotFound:
-            with suppress(*UNREACHABLE):
+            try:
                 client.images.pull(name)
                 continue
+            except UNREACHABLE as error:
+                say(f"{name} cannot be pulled: {getattr(error, 'explanation', error)}")
             is_stand_in = True
         if is_stand_in:  # also if it is there: what it is made from may have changed
             stand_ins.build(client, name)

@@ -23,19 +23,16 @@ JSON = ("ENVIRONMENT", "HOST_CONFIG", "EXTRA_DOCKER_KWARGS", "TIME_LIMIT")
 def parameters() -> dict[str, Any]:
     """The flow's parameters, from variables that the Makefile sets: IMAGE, COMMAND, and those of JSON in JSON.
 
-    COMMAND is a string, or a list in JSON. What is not set has the flow's default.
+    COMMAND is a string, or a list or null in JSON. What is not set has the flow's default.
     """
     found: dict[str, Any] = {}
     for name in ("IMAGE", "COMMAND", *JSON):
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
-        if name in JSON or (name == "COMMAND" and value.lstrip().startswith("[")):
-            try:
+        if name in JSON or (name == "COMMAND" and (value == "null" or value.lstrip().startswith("["))):
+            with suppress(ValueError):  # what is not JSON is text, as for `prefect run --param`
                 found[name.lower()] = json.loads(value)
-            except ValueError as error:
-                if name in JSON:  # a command that is not may be the program [
-                    sys.exit(f"run: {name} is not JSON: {error}")
     if problem := validate_parameters(found):
         sys.exit(f"run: {problem}")
     return found
@@ -51,7 +48,7 @@ def run(client: docker.DockerClient, **parameters: Any) -> State:
     finally:
         ours: dict[str, Any] = {"label": f"{LABEL}={run_id}"}
         for container in client.containers.list(all=True, filters=ours, ignore_removed=True):
-            with suppress(APIError):  # it may be removing itself
+            with suppress(APIError):  # somebody else may remove it
                 container.remove(force=True)
 
 

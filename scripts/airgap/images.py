@@ -87,7 +87,7 @@ def build(client: docker.DockerClient, name: str) -> None:
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)
     else:
-        raise SetupError(f"{name} cannot be pulled, and nothing here stands in for it")
+        raise SetupError(f"nothing stands in for {name}. `make airgap` builds all stand-ins")
 
 
 def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]) -> None:
@@ -134,7 +134,8 @@ def _build_base(client: docker.DockerClient) -> None:
         bootstrap += [f"--customize-hook=copy-in {CA_FOLDER} {CA_FOLDER.parent}"]
     bootstrap += ['--customize-hook=chroot "$1" update-ca-certificates >/dev/null 2>&1']
     bootstrap += ['--customize-hook=rm -f "$1/etc/resolv.conf" "$1/etc/hostname"']
-    inputs = _hash(bootstrap)
+    certificates = {str(path): path for path in CA_FOLDER.rglob("*.crt")}
+    inputs = _hash([*bootstrap, *_contents(certificates)])
     if inputs_of(client, BASE) == inputs:
         return
     if os.geteuid() != 0 or shutil.which("apt-get") is None:

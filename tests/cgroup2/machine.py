@@ -12,7 +12,7 @@ import docker
 from docker.errors import ImageNotFound
 
 from scripts.airgap import images
-from scripts.base import CACHE, DAEMON
+from scripts.base import CACHE, DAEMON, LABELS
 from scripts.cluster import DEFAULT_NODE
 from scripts.images import provide
 from tests.conftest import busybox
@@ -20,7 +20,7 @@ from tests.conftest import busybox
 INIT = Path(__file__).resolve().parent / "node"
 INNER = "docker-sidecar-tests:cgroup2"  # the image of the pods' sandboxes, and of the containers in their daemons
 IMPORT = """
-containerd >/dev/null 2>&1 & until ctr version >/dev/null 2>&1; do sleep 0.1; done
+containerd 2>/log & until ctr version >/dev/null 2>&1; do kill -0 $! || { cat /log; exit 1; }; sleep 0.1; done
 for image in /images/*; do ctr -n k8s.io images import $image; done
 kill $!; wait $! || true
 """
@@ -33,12 +33,12 @@ KERNEL_OPTIONS = "console=ttyS1 root=/dev/nvme0n1 rw init=/node quiet panic=1 cg
 
 def built(client: docker.DockerClient) -> Path:
     """The folder with the machine's kernel and disk, kept until the images or these files change."""
-    provide(client, DAEMON)
     try:
         node = client.images.get(images.NODE)
     except ImageNotFound:  # kind's own, from Docker Hub
         provide(client, DEFAULT_NODE)
         node = client.images.get(DEFAULT_NODE)
+    provide(client, DAEMON)
     inputs = f"{node.id} {client.images.get(DAEMON).id}".encode() + INIT.read_bytes() + Path(__file__).read_bytes()
     ready = CACHE / "cgroup2" / hashlib.sha256(inputs).hexdigest()[:12]
     if not ready.exists():
@@ -65,7 +65,9 @@ def _build(client: docker.DockerClient, node_image: str, work: Path) -> None:
         node.remove(v=True)
     _sh("tar", "-C", tree, "-xf", work / "node.tar")
     volumes = [f"{tree}/var/lib/containerd:/var/lib/containerd", f"{tars}:/images"]
-    client.containers.run(node_image, ["-euc", IMPORT], entrypoint="sh", privileged=True, remove=True, volumes=volumes)
+    client.containers.run(
+        node_image, ["-euc", IMPORT], entrypoint="sh", privileged=True, remove=True, labels=LABELS, volumes=volumes
+    )
     shutil.move(tars / INNER.replace(":", "-"), tree / "inner.tar")
     package = _sh("apt-cache", "depends", "linux-image-cloud-amd64").split("Depends: ")[1].split()[0]
     _sh("apt-get", "download", package, cwd=work)

@@ -18,9 +18,9 @@ def test_container_counts_to_the_pod_and_dies_alone_at_its_own_limit(node: Node,
     cgroup = node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
     assert cgroup.startswith(f"{pod.cgroup}/{pod.id}/docker/")
     pod.sh(f"docker run --name=hungry --memory=100m {HUNGRY} || true")
-    state = "{{.State.ExitCode}} OOMKilled={{.State.OOMKilled}} Running={{.State.Running}}"
+    state = "{{.State.ExitCode}} OOMKilled={{.State.OOMKilled}} Running={{.State.Running}} Error={{.State.Error}}"
     seen = pod.sh(f"docker inspect --format '{state}' hungry sleeper").splitlines()
-    assert seen == ["137 OOMKilled=true Running=false", "0 OOMKilled=false Running=true"]
+    assert seen == ["137 OOMKilled=true Running=false Error=", "0 OOMKilled=false Running=true Error="]
     pod.stop()
     assert pod.ended()[0] == 0
     pod.remove()

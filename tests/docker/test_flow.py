@@ -17,7 +17,7 @@ from docker.models.containers import Container
 from flows.tasks import LABEL, LOG_BYTES
 from scripts.registry import push as push_to_mirror
 from tests.conftest import PREFECT, busybox, container, login, private_registry
-from tests.docker.conftest import REGISTRY, STORE, FlowRun, WhenLogged, daemon_with_mirror, push, sh
+from tests.docker.conftest import REGISTRY, STORE, Daemon, FlowRun, WhenLogged, daemon_with_mirror, push, sh
 
 SAVE = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
 
@@ -94,7 +94,7 @@ def test_an_image_that_only_the_daemon_has(
     assert run.output("INFO") == "here"
     [warned] = run.warnings()
     assert warned.startswith(f"Pulling {name}: ")
-    assert "the image that the daemon has" in warned
+    assert "the image on the daemon is used" in warned
     assert not run.naming("; retry ")
 
 
@@ -339,6 +339,14 @@ def test_a_container_that_would_remove_itself(flow_run: FlowRun) -> None:
     assert "exited with code 3" in run.state.message
     assert run.tasks["GetContainerLogs"].result == "out\n"
     assert run.naming("auto_remove is left out")
+
+
+def test_a_container_that_goes_while_make_run_looks(
+    flow_run: FlowRun, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = sidecar.client.api.containers
+    monkeypatch.setattr(sidecar.client.api, "containers", lambda **options: [*listed(**options), {"Id": "0" * 64}])
+    assert flow_run(command="true").state.is_successful()
 
 
 def test_daemon_dies_during_the_wait(flow_run: FlowRun, engine: docker.DockerClient, when_logged: WhenLogged) -> None:

@@ -341,10 +341,10 @@ def test_runs_of_all_templates_at_once(
 
 def test_a_job_that_is_out_of_time(submit: Submit) -> None:
     template = load_job_template("native_sidecar")
-    template["spec"]["activeDeadlineSeconds"] = 30
+    template["spec"]["activeDeadlineSeconds"] = 60
     run = submit(template, command=FOREVER)
     run.container_writes("up")
-    run.reaches("Failed", "Success", "Cancelled", timeout=60)
+    run.reaches("Failed", "Success", "Cancelled", timeout=90)
     run.ends_by_sigterm()
 
 
@@ -354,7 +354,7 @@ def test_a_node_that_is_drained(submit: Submit) -> None:
     run.container_writes("up")
     selector = f"--pod-selector={run.selector}"
     try:
-        kubectl(f"drain {cluster.NODE} {selector} --delete-emptydir-data --timeout=60s")
+        kubectl(f"drain {cluster.NODE} {selector} --delete-emptydir-data --timeout=120s")
     finally:
         kubectl(f"uncordon {cluster.NODE}")
     run.ends_by_sigterm()
@@ -377,7 +377,6 @@ def test_a_pod_that_is_evicted_for_its_disk(submit: Submit) -> None:
     template = load_job_template("native_sidecar")
     daemon_of(template)["resources"]["limits"]["ephemeral-storage"] = "1Gi"
     run = submit(template, command=["sh", "-c", "dd if=/dev/zero of=/full bs=1M count=1200; echo full; sleep 600"])
-    run.fails(timeout=240)
+    run.wait(lambda: [pod.status.reason for pod in run.pods()] == ["Evicted"], "the pod is evicted", 240)
+    run.fails(timeout=120)
     assert run.job_ends(120)[0] == "Failed"
-    [pod] = run.pods()
-    assert pod.status.reason == "Evicted", pod.status

@@ -32,6 +32,7 @@ class FakeDocker(ThreadingHTTPServer):
         self.url = f"tcp://127.0.0.1:{self.server_port}"
         self.requests: list[tuple[str, dict[str, str]]] = []  # such as ("POST /images/create", {"tag": "1"})
         self.pull: Iterable[Any] = [{"status": "Status: Image is up to date for app:1"}]  # events, or callables
+        self.refusal: tuple[str, int] | None = None  # of a pull: words, and the status
         self.images: set[str] = set()  # that the daemon has
         self.streams: list[Iterable[Item]] = [[]]  # of output: the first request gets the first one, and so on
         self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
@@ -68,14 +69,17 @@ class _Handler(BaseHTTPRequestHandler):
         request, query = f"{self.command} {path}", {key: value[0] for key, value in parse_qs(url.query).items()}
         fake = self.server
         login = base64.urlsafe_b64decode(self.headers.get("X-Registry-Auth") or "").decode()
+        gone = fake.gone and path.startswith("/containers")
         fake.requests.append((request, {**query, "body": body.decode(), "login": login}))
-        if fake.gone and path.startswith("/containers"):
+        if gone:
             self.json({"message": f"No such container: {ID}"}, 404)
         elif path == "/version":
             self.json(*fake.version)
         elif path.startswith("/images/") and path.endswith("/json"):
             name = unquote(path).removeprefix("/images/").removesuffix("/json")
             self.json(*(({"Id": "1"}, 200) if name in fake.images else ({"message": f"No such image: {name}"}, 404)))
+        elif path == "/images/create" and fake.refusal:
+            self.json({"message": fake.refusal[0]}, fake.refusal[1])
         elif path == "/images/create":
             self.stream(item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull)
         elif path == "/containers/create":

@@ -35,7 +35,8 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("IMAGE", "no image", "run: image is 'no image'"),
         ("COMMAND", '["sh",', "run: command is "),
-        ("ENVIRONMENT", "A=1", "run: ENVIRONMENT is not JSON"),
+        ("ENVIRONMENT", "A=1", "run: environment is of type str"),
+        ("TIME_LIMIT", "1h", "run: time_limit is '1h'; give the seconds"),
         ("TIME_LIMIT", "-1", "run: time_limit is -1"),
     ],
 )

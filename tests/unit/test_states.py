@@ -218,7 +218,7 @@ def assert_ended_by_sigterm(run: FlowRun, process: Process) -> None:
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 @pytest.mark.parametrize("task_name", ["PullImage", "WaitOnContainer"])
 def test_sigterm_during_a_task(start: Start, fake: FakeDocker, executor: str, task_name: str) -> None:
-    """With Prefect's local executor: tests/kubernetes/test_interrupted.py."""
+    """With Prefect's local executor: tests/kubernetes/test_cluster.py."""
     waits = task_name == "WaitOnContainer"
     if waits:
         fake.exited.clear()

@@ -23,6 +23,7 @@ from prefect.tasks import docker as prefect_docker
 
 from flows import tasks
 from flows.daemon import connect
+from flows.states import fail_with_cause
 from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
 from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.waiting import wait_for
@@ -238,7 +239,7 @@ def test_an_image_that_the_daemon_has(
     fake.pull = [fake.closing.wait]
     assert PullImage(docker_server_url=fake.url).run(repository="app:1") == "app:1"
     assert "the registry or the daemon hangs" in warning(caplog)
-    assert "the image that the daemon has" in warning(caplog)
+    assert "the image on the daemon is used" in warning(caplog)
 
 
 def test_progress_whatever_shape_events_have(
@@ -275,6 +276,7 @@ FAILED = [
     ("a:1", "no matching manifest for linux/arm64/v8 in the manifest list entries", ""),
     ("a:1", 'Get "https://r.example/v2/": http: server gave HTTP response to HTTPS client', ""),
     ("a:1", "tls: failed to verify certificate: x509: certificate signed by unknown authority", ""),
+    ("a:1", "failed to fetch anonymous token: tls: failed to verify certificate: x509: certificate has expired", ""),
     ("a:1", "x" * 100_000 + " not found", ""),
     ("a:1", "authorization denied by plugin opa: no", ""),
     ("a:1", "open /var/lib/docker/x: permission denied", ""),
@@ -308,6 +310,46 @@ def test_dockers_words_decide_on_retries_and_advice(
     assert given == [advice] * bool(advice)
 
 
+def break_off() -> None:
+    raise ConnectionResetError
+
+
+@pytest.mark.parametrize(
+    ("refusal", "state"),
+    [(("odd", 400), Failed), (("toomanyrequests: odd", 429), Retrying), (("odd", 500), Retrying), (None, Retrying)],
+    ids=str,
+)
+def test_a_status_decides_on_retries(fake: FakeDocker, refusal: tuple[str, int] | None, state: type) -> None:
+    """Without one, as when the connection breaks, the pull is tried again."""
+    fake.refusal, fake.pull = refusal, [break_off]
+    with pytest.raises(signals.PrefectStateSignal) as failure:
+        PullImage(docker_server_url=fake.url).run(repository="app:1")
+    assert type(failure.value.state) is state
+
+
+def test_no_message_holds_nul(fake: FakeDocker) -> None:
+    """PostgreSQL, as Prefect's store, refuses it."""
+    message = str(pull_failure(fake, "app:1", "a\0b not found"))
+    assert message.endswith("a\ufffdb not found")
+    assert fail_with_cause(Flow("a"), Failed(), {Failed("a\0b")}).message == "a\ufffdb"  # type: ignore[union-attr]
+
+
+def test_a_login_of_the_callers_own(fake: FakeDocker, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"auths": {"registry.example": {"identitytoken": "t"}}}))
+    options = {"auth_config": LOGIN}
+    PullImage(docker_server_url=fake.url).run(repository="registry.example/app:1", extra_docker_kwargs=options)
+    [pull] = fake.asked("POST /images/create")
+    assert json.loads(pull["login"]) == LOGIN
+
+
+def test_lines_of_a_pull_are_the_runs(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, runs = PullImage(docker_server_url=fake.url, stream_logs=True), []
+    monkeypatch.setattr(task.logger, "debug", lambda _: runs.append(prefect.context.get("flow_run_id")))
+    with prefect.context(flow_run_id="run-1"):
+        task.run(repository="app:1")
+    assert runs == ["run-1"]
+
+
 def test_retries_end(fake: FakeDocker) -> None:
     with prefect.context(task_run_count=2):
         retry = pull_failure(fake, "app:1", "unexpected EOF")
@@ -328,25 +370,37 @@ def test_a_container_that_is_gone_without_a_trace(fake: FakeDocker) -> None:
         GetContainerLogs(docker_server_url=fake.url).run(container_id=ID)
 
 
-def break_off() -> None:
-    raise ConnectionResetError
+def test_a_container_that_is_removed_at_its_exit(fake: FakeDocker) -> None:
+    fake.result = {"StatusCode": 3}
+    fake.exited.clear()
+    waited_for = lambda: wait_for(lambda: fake.asked("POST /containers/wait"), "the exit is waited for")  # noqa: E731
+    fake.streams = [[waited_for, lambda: setattr(fake, "gone", True), fake.exited.set]]
+    with pytest.raises(signals.FAIL, match="exited with code 3"):
+        wait(fake)
 
 
-@pytest.mark.parametrize("end", ["ends", "breaks", "breaks at the exit"])
+@pytest.mark.parametrize("end", [[b""], [break_off]], ids=["ends", "breaks"])
 def test_after_a_stream_that_breaks_new_output_is_read(
-    fake: FakeDocker, caplog: pytest.LogCaptureFixture, end: str
+    fake: FakeDocker, caplog: pytest.LogCaptureFixture, end: list[Any]
 ) -> None:
     """No clock, this machine's or the daemon's, decides what is read: nothing comes twice."""
     fake.exited.clear()
-    ends = {"ends": [b""], "breaks": [break_off], "breaks at the exit": [fake.exited.set, break_off]}
-    fake.streams = [[frame(1, b"one\n"), *ends[end]], [frame(1, b"two\n"), fake.exited.set]]
+    fake.streams = [[frame(1, b"one\n"), *end], [frame(1, b"two\n"), fake.exited.set]]
     assert wait(fake)["StatusCode"] == 0
     assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one", "two"]
     assert "lines may be missing" in warning(caplog)
     first, second = fake.asked("GET /containers/logs")
-    assert "tail" not in first
-    assert second["tail"] == "0"
+    assert (first["tail"], second["tail"]) == ("all", "0")
     assert not {"since", "until"} & {*first, *second}
+
+
+def test_a_stream_that_breaks_after_the_exit(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+    """There is no new output then, so it is not read again."""
+    fake.streams = [[frame(1, b"one\n"), break_off]] * 3
+    assert wait(fake)["StatusCode"] == 0
+    assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one"]
+    assert "lines may be missing" in warning(caplog)
+    assert len(fake.asked("GET /containers/logs")) == 1
 
 
 @pytest.mark.parametrize("drips", [False, True], ids=["stalls", "drips"])
