@@ -345,8 +345,9 @@ def test_a_container_that_goes_while_make_run_looks(
     flow_run: FlowRun, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = sidecar.client.api.containers
-    monkeypatch.setattr(sidecar.client.api, "containers", lambda **options: [*listed(**options), {"Id": "0" * 64}])
-    assert flow_run(command="true").state.is_successful()
+    with monkeypatch.context() as patched:
+        patched.setattr(sidecar.client.api, "containers", lambda **options: [*listed(**options), {"Id": "0" * 64}])
+        assert flow_run(command="true").state.is_successful()
 
 
 def test_daemon_dies_during_the_wait(flow_run: FlowRun, engine: docker.DockerClient, when_logged: WhenLogged) -> None:
