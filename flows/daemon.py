@@ -37,7 +37,7 @@ def error_message(error: Exception, docker_server_url: str) -> str:
     """Docker's own words, or why the daemon does not answer."""
     if not unavailable(error):
         return str(getattr(error, "explanation", None) or error)
-    reason = re.split(r"\[Errno \d+\] |Error\(\d+, '", str(error.__cause__ or error))[-1].rstrip("'\")")
+    reason = re.sub(r".*(\[Errno -?\d+\] |Error\(\d+, ')|\)?['\"][)'\"]*$", "", str(error.__cause__ or error))
     return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
 
 

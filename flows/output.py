@@ -184,7 +184,7 @@ class Watch:
                 text = (f"{name}: {text}" if stream == SYSTEM else text).replace("\0", "\ufffd")  # see abbreviated()
                 (logger.info if stream == STDOUT else logger.warning)(text)
 
-        while self._threads:  # not before the caller stops the container after an interruption
+        while self._threads:  # here, in the try of the caller, who stops the container if interrupted
             self._threads.pop().start()
         deadline, flushes, shown = time.monotonic() + seconds, itertools.count(1), list[tuple[int, str]]()
         while not self._over.wait(FLUSH_SECONDS):

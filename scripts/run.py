@@ -26,15 +26,18 @@ def parameters() -> dict[str, Any]:
     COMMAND is a string, or a list or null in JSON. What is not set has the flow's default.
     """
     found: dict[str, Any] = {}
+    notes = {}
     for name in ("IMAGE", "COMMAND", *JSON):
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
         if name in JSON or (name == "COMMAND" and (value == "null" or value.lstrip().startswith("["))):
-            with suppress(ValueError):  # what is not JSON is text, as for `prefect run --param`
+            try:
                 found[name.lower()] = json.loads(value)
+            except ValueError as error:  # it is text then; a command may be the program [
+                notes[name.lower()] = f" ({name} is not JSON: {error})"
     if problem := validate_parameters(found):
-        sys.exit(f"run: {problem}")
+        sys.exit(f"run: {problem}{notes.get(problem.split()[0], '')}")
     return found
 
 

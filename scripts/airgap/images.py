@@ -87,7 +87,7 @@ def build(client: docker.DockerClient, name: str) -> None:
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)
     else:
-        raise SetupError(f"nothing stands in for {name}. `make airgap` builds all stand-ins")
+        raise SetupError(f"{name} can neither be pulled nor built here. `make airgap` builds what can be")
 
 
 def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]) -> None:

@@ -35,7 +35,7 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         ("IMAGE", "no image", "run: image is 'no image'"),
         ("COMMAND", '["sh",', "run: command is "),
-        ("ENVIRONMENT", "A=1", "run: environment is of type str"),
+        ("ENVIRONMENT", '{"A": 1', "(ENVIRONMENT is not JSON: Expecting ',' delimiter"),
         ("TIME_LIMIT", "1h", "run: time_limit is '1h'; give the seconds"),
         ("TIME_LIMIT", "-1", "run: time_limit is -1"),
     ],
@@ -48,6 +48,19 @@ def test_invalid_values_are_refused_at_once(
         run.main()
     assert "\n" not in str(end.value)
     assert not (tmp_path / "cache").exists()  # no engine was looked for
+
+
+def test_the_images_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMAND", "null")
+    assert run.parameters() == {"command": None}
+
+
+def test_a_dockerd_that_has_no_pid_file_yet_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engine, "HOME", tmp_path)
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
+        monkeypatch.setattr(engine, "_started", [process])
+        engine.stop()
+    assert process.returncode == -signal.SIGTERM
 
 
 NAMES = ["IMAGE", "COMMAND", "ENVIRONMENT", "HOST_CONFIG", "EXTRA_DOCKER_KWARGS", "TIME_LIMIT"]

@@ -325,6 +325,7 @@ def test_a_status_decides_on_retries(fake: FakeDocker, refusal: tuple[str, int] 
     with pytest.raises(signals.PrefectStateSignal) as failure:
         PullImage(docker_server_url=fake.url).run(repository="app:1")
     assert type(failure.value.state) is state
+    assert bool(refusal) or "does not answer (IncompleteRead(0 bytes read))" in str(failure.value)
 
 
 def test_no_message_holds_nul(fake: FakeDocker) -> None:
@@ -346,7 +347,7 @@ def test_lines_of_a_pull_are_the_runs(fake: FakeDocker, monkeypatch: pytest.Monk
     task, runs = PullImage(docker_server_url=fake.url, stream_logs=True), []
     monkeypatch.setattr(task.logger, "debug", lambda _: runs.append(prefect.context.get("flow_run_id")))
     with prefect.context(flow_run_id="run-1"):
-        task.run(repository="app:1")
+        assert task.run(repository="app", tag=1) == "app:1"
     assert runs == ["run-1"]
 
 
@@ -473,9 +474,14 @@ def test_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
 @pytest.mark.parametrize("policy", [None, {}, {"Name": ""}, {"Name": "no"}], ids=str)
 def test_no_restart_policy_and_no_log_driver(fake: FakeDocker, policy: dict[str, str] | None) -> None:
     """The log driver is Docker's default, and the log-opts of the daemon hold."""
-    CreateContainer(docker_server_url=fake.url).run(image_name="app:1", host_config={"restart_policy": policy})
-    [create] = fake.asked("POST /containers/create")
-    assert "LogConfig" not in json.loads(create["body"])["HostConfig"]
+    given = [
+        {"host_config": {"restart_policy": policy}},
+        {"extra_docker_kwargs": {"host_config": {"RestartPolicy": policy}}},
+    ]
+    for options in given:
+        CreateContainer(docker_server_url=fake.url).run(image_name="app:1", **options)
+    first, second = [json.loads(create["body"])["HostConfig"] for create in fake.asked("POST /containers/create")]
+    assert "LogConfig" not in {*first, *second}
 
 
 APP, CONTAINER = {"image_name": "app:1"}, {"container_id": ID}
