@@ -26,7 +26,7 @@ def provide(client: docker.DockerClient, *names: str) -> None:
                 client.images.pull(name)
                 continue
             except UNREACHABLE as error:
-                say(f"{name} cannot be pulled: {getattr(error, 'explanation', error)}")
+                say(f"{name} cannot be pulled: {getattr(error, 'explanation', None) or error}")
             is_stand_in = True
         if is_stand_in:  # also if it is there: what it is made from may have changed
             stand_ins.build(client, name)
