@@ -98,8 +98,9 @@ def test_a_misspelt_parameter_is_refused(target: str, given: str, known: bool) -
 def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals) -> None:
     """A signal may come twice: make sends SIGTERM as well."""
     script = """
-import time
+import signal, time
 from scripts import engine
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 def stop():
     print("ending", flush=True)
     print(input(), "down")
@@ -109,6 +110,7 @@ engine.start = lambda: print("up", flush=True)
 engine.stop, engine._started = stop, [1]
 with engine.running():
     time.sleep(60)
+    print("no signal came", flush=True)
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, text=True, **pipes) as process:
