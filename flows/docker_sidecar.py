@@ -14,15 +14,25 @@ from prefect.triggers import always_run
 from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
 from flows.states import fail_with_cause, handle_pod_lifecycle
-from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
+from flows.tasks import (
+    CreateContainer,
+    GetContainerLogs,
+    PullImage,
+    StartContainer,
+    WaitOnContainer,
+)
 
 settings = Settings.from_environ()
 daemon = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
 
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
-command = Parameter("command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"''')
+command = Parameter(
+    "command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"'''
+)
 environment = Parameter("environment", default=None)
-host_config = Parameter("host_config", default=None)  # https://docker-py.readthedocs.io, create_host_config()
+host_config = Parameter(
+    "host_config", default=None
+)  # https://docker-py.readthedocs.io, create_host_config()
 extra_docker_kwargs = Parameter("extra_docker_kwargs", default=None)  # the same, create_container()
 time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
 
@@ -38,14 +48,20 @@ with Flow(
     )  # fmt: skip
     started = StartContainer(**daemon)(container_id=container_id)
     # upstream_tasks: they run first, and hand on no result
-    status_code = WaitOnContainer(**daemon)(container_id=container_id, time_limit=time_limit, upstream_tasks=[started])
-    logs = GetContainerLogs(**daemon, trigger=always_run)(container_id=container_id, upstream_tasks=[status_code])
+    status_code = WaitOnContainer(**daemon)(
+        container_id=container_id, time_limit=time_limit, upstream_tasks=[started]
+    )
+    logs = GetContainerLogs(**daemon, trigger=always_run)(
+        container_id=container_id, upstream_tasks=[status_code]
+    )
 
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.
 flow.set_reference_tasks([status_code, logs])
 
 flow.run_config = KubernetesRun(
-    job_template=settings.job_template, job_template_path=settings.job_template_path, labels=settings.labels
+    job_template=settings.job_template,
+    job_template_path=settings.job_template_path,
+    labels=settings.labels,
 )
 # The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
 flow.storage = Docker(

@@ -25,20 +25,30 @@ def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str,
     cannot hold, or that the flow does not have. Its message never has a value: values are secrets.
     """
     if isinstance(environment, list):
-        items = [item.partition("=") if isinstance(item, str) else ("", "", "") for item in environment]
+        items = [
+            item.partition("=") if isinstance(item, str) else ("", "", "") for item in environment
+        ]
         for name in (name for name, equals, _ in items if name and not equals):
             if name.startswith("PREFECT__") or name not in os.environ:
-                raise InvalidArgument(f"{abbreviated(name)} is not set in the flow's environment, or is Prefect's own")
-        environment = {name: value if equals else os.environ.get(name) for name, equals, value in items}
+                raise InvalidArgument(
+                    f"{abbreviated(name)} is not set in the flow's environment, or is Prefect's own"
+                )
+        environment = {
+            name: value if equals else os.environ.get(name) for name, equals, value in items
+        }
     if not isinstance(environment, Mapping):
         raise InvalidArgument("environment is neither a mapping nor a list")
     strings = {}
     for name, value in environment.items():
         shown = abbreviated(repr(str(name).partition("=")[0]))
         if not isinstance(name, str) or not name or "=" in name or "\0" in name:
-            raise InvalidArgument(f"environment has the name {shown}: a name is text, not empty, without '=' or NUL")
+            raise InvalidArgument(
+                f"environment has the name {shown}: a name is text, not empty, without '=' or NUL"
+            )
         if not isinstance(value, (str, int, float, type(None))) or "\0" in str(value):
-            raise InvalidArgument(f"environment[{shown}] is not text without NUL, a number, true, false or null")
+            raise InvalidArgument(
+                f"environment[{shown}] is not text without NUL, a number, true, false or null"
+            )
         strings[name] = value if value is None or isinstance(value, str) else json.dumps(value)
     return strings
 
@@ -51,17 +61,33 @@ def _is_command(command: Any) -> bool:
 
 
 def _is_extra(extra: Any) -> bool:
-    named = {name: extra[name] for name in extra if name not in ("name", "platform", "use_config_proxy")}
-    ours: dict[str, Any] = dict.fromkeys(("command", "environment", "host_config"))  # must not be given twice
+    named = {
+        name: extra[name] for name in extra if name not in ("name", "platform", "use_config_proxy")
+    }
+    ours: dict[str, Any] = dict.fromkeys(
+        ("command", "environment", "host_config")
+    )  # must not be given twice
     return isinstance(ContainerConfig(VERSION, "image", **ours, **named)["Labels"] or {}, dict)
 
 
 # By name: a check, which returns False or raises an error that says more, what is allowed, and an example.
 _PARAMETERS: dict[str, tuple[Callable[[Any], object], str, str]] = {
-    "image": (lambda it: isinstance(it, str) and bool(re.fullmatch(IMAGE, it)), "an image reference", "alpine:3"),
+    "image": (
+        lambda it: isinstance(it, str) and bool(re.fullmatch(IMAGE, it)),
+        "an image reference",
+        "alpine:3",
+    ),
     "command": (_is_command, "a string, a list of words or null", """'["sh","-c","echo one"]'"""),
-    "environment": (environment_strings, "a mapping or a list", """'{"NAME":"value"}' or '["NAME"]'"""),
-    "host_config": (lambda it: HostConfig(VERSION, **it), "a mapping of options", """'{"mem_limit":"1g"}'"""),
+    "environment": (
+        environment_strings,
+        "a mapping or a list",
+        """'{"NAME":"value"}' or '["NAME"]'""",
+    ),
+    "host_config": (
+        lambda it: HostConfig(VERSION, **it),
+        "a mapping of options",
+        """'{"mem_limit":"1g"}'""",
+    ),
     "extra_docker_kwargs": (_is_extra, "a mapping of options", """'{"user":"1000"}'"""),
     "time_limit": (lambda it: type(it) in (int, float) and it > 0, "the seconds", "60"),
 }
@@ -78,7 +104,9 @@ def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
                 continue
         except Exception as error:  # the SDK raises errors of many types
             reason = f": {abbreviated(str(error).split('() ', 1)[-1], 200)}"
-        given = f"of type {type(value).__name__}" if name == "environment" else abbreviated(repr(value))
+        given = (
+            f"of type {type(value).__name__}" if name == "environment" else abbreviated(repr(value))
+        )
         return f"{name} is {given}{reason}; give {allowed}, as in --param {name}={example}"
     return None
 
@@ -86,4 +114,6 @@ def validate_parameters(parameters: Mapping[str, Any]) -> str | None:
 def fail_on_invalid_parameters(flow: prefect.Flow, old: State, new: State) -> State | None:
     """State handler of the flow: with invalid parameters the run fails before its first task."""
     fault = validate_parameters(prefect.context.parameters) if new.is_running() else None
-    return Failed(fault, result={}) if fault else None  # by task; without it `flow.run()` would crash
+    return (
+        Failed(fault, result={}) if fault else None
+    )  # by task; without it `flow.run()` would crash

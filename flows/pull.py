@@ -35,22 +35,42 @@ _ADVICE = {
 class Pull(threading.Thread):
     """A pull in a thread, and what its events say. Any field of an event may be missing."""
 
-    def __init__(self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]) -> None:
+    def __init__(
+        self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]
+    ) -> None:
         super().__init__(daemon=True)
-        self.outcome, self.login_fault, self.heard = "", "", time.monotonic()  # heard: when the last event came
+        self.outcome, self.login_fault, self.heard = (
+            "",
+            "",
+            time.monotonic(),
+        )  # heard: when the last event came
         self.error: Any = None
-        self._client, self._options, self._log, self._context = client, options, log, prefect.context.copy()
-        self._layers, self._received = dict[str, str](), dict[Any, float]()  # by id, the status and the bytes
+        self._client, self._options, self._log, self._context = (
+            client,
+            options,
+            log,
+            prefect.context.copy(),
+        )
+        self._layers, self._received = (
+            dict[str, str](),
+            dict[Any, float](),
+        )  # by id, the status and the bytes
 
     def run(self) -> None:
         """Pull, and add the events."""
         try:
-            with prefect.context(self._context):  # a thread has none: what it logs would not reach the run's logs
+            with prefect.context(
+                self._context
+            ):  # a thread has none: what it logs would not reach the run's logs
                 if self._options.get("auth_config") is None:
-                    self._options["auth_config"], self.login_fault = registry_login(self._options["repository"])
+                    self._options["auth_config"], self.login_fault = registry_login(
+                        self._options["repository"]
+                    )
                 for event in self._client.pull(stream=True, decode=True, **self._options):
                     self.heard = time.monotonic()
-                    with suppress(AttributeError, KeyError, TypeError, ValueError):  # an event may have any shape
+                    with suppress(
+                        AttributeError, KeyError, TypeError, ValueError
+                    ):  # an event may have any shape
                         self._add(event)
         except Exception as error:
             self.error = error
@@ -69,23 +89,37 @@ class Pull(threading.Thread):
             self._received[layer] = float(event["progressDetail"]["current"])
 
     def __str__(self) -> str:
-        layers = [f"{count} {status.lower()}" for status, count in Counter(list(self._layers.values())).items()]
+        layers = [
+            f"{count} {status.lower()}"
+            for status, count in Counter(list(self._layers.values())).items()
+        ]
         return ", ".join([*layers, f"{sum(list(self._received.values())) / 1e6:.1f} MB received"])
 
     def signal(self, image: str, words: str) -> signals.PrefectStateSignal:
         """RETRY after a transient error; FAIL, with advice, after a permanent one or the last retry."""
-        message, words = f"Pulling {image}: {abbreviated(words, 300)}", re.sub(_NAMES, " ", words[-2000:])
+        message, words = (
+            f"Pulling {image}: {abbreviated(words, 300)}",
+            re.sub(_NAMES, " ", words[-2000:]),
+        )
         overloaded = re.search(_OVERLOADED, words)
         permanent = None if overloaded else re.search(_PERMANENT, words)
         kind, login = (permanent and permanent.lastgroup) or "", self._options.get("auth_config")
-        if (login and kind in ("login", "forbidden")) or (kind == "forbidden" and ".dkr.ecr." in message):
+        if (login and kind in ("login", "forbidden")) or (
+            kind == "forbidden" and ".dkr.ecr." in message
+        ):
             kind = "expired"
         advice = filter(None, [_ADVICE.get(kind), self.login_fault if kind == "login" else ""])
         message += f" ({'; '.join(advice)})" if kind in _ADVICE else ""
-        refused = self.error.is_client_error() if isinstance(self.error, APIError) else not unavailable(self.error)
+        refused = (
+            self.error.is_client_error()
+            if isinstance(self.error, APIError)
+            else not unavailable(self.error)
+        )
         attempt = prefect.context.get("task_run_count", 1)
         if permanent or (refused and not overloaded) or attempt > len(PULL_RETRY_SECONDS):
             return failure(message)
         pause = PULL_RETRY_SECONDS[attempt - 1]
-        retry = abbreviated(f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s", 600)
+        retry = abbreviated(
+            f"{message}; retry {attempt} of {len(PULL_RETRY_SECONDS)} in {pause} s", 600
+        )
         return signals.RETRY(retry, start_time=pendulum.now("utc").add(seconds=pause))

@@ -28,8 +28,14 @@ def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> boo
 
 def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
     """Terminal state handler: a failed run's message is its cause, not "some reference tasks failed"."""
-    causes = sorted({str(reference.message) for reference in reference_states if reference.is_failed()})
-    return Failed(abbreviated("; ".join(causes), 1000), result=state.result) if state.is_failed() else None
+    causes = sorted(
+        {str(reference.message) for reference in reference_states if reference.is_failed()}
+    )
+    return (
+        Failed(abbreviated("; ".join(causes), 1000), result=state.result)
+        if state.is_failed()
+        else None
+    )
 
 
 def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | None:
@@ -40,9 +46,13 @@ def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | 
     """
     in_pod, handler = prefect.context.get("running_with_backend"), signal.getsignal(signal.SIGTERM)
     if threading.current_thread() is threading.main_thread():
-        if new.is_running() and handler == signal.SIG_DFL:  # a program that has a handler of its own keeps it
+        if (
+            new.is_running() and handler == signal.SIG_DFL
+        ):  # a program that has a handler of its own keeps it
             signal.signal(signal.SIGTERM, _end_run)
-        elif new.is_finished() and handler is _end_run:  # in a pod the process has to report the state before it ends
+        elif (
+            new.is_finished() and handler is _end_run
+        ):  # in a pod the process has to report the state before it ends
             signal.signal(signal.SIGTERM, signal.SIG_IGN if in_pod else signal.SIG_DFL)
     if not in_pod or not new.is_running():
         return None
@@ -52,17 +62,26 @@ def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | 
     if begun and "Lazarus" in (old.message or ""):
         new = Failed(LOST)
     elif begun:
-        prefect.context.logger.info("The run was restarted and has a new Docker daemon: all tasks run again")
+        prefect.context.logger.info(
+            "The run was restarted and has a new Docker daemon: all tasks run again"
+        )
         for task_run_id in tasks:
             client.set_task_run_state(task_run_id, Pending("The run was restarted"))
-        new = Queued("The run was restarted", state=old)  # Prefect then reads the tasks' states again, and goes on
+        new = Queued(
+            "The run was restarted", state=old
+        )  # Prefect then reads the tasks' states again, and goes on
     current = client.get_flow_run_state(run_id)  # the run may have been cancelled meanwhile
     return current if current.is_finished() else new
 
 
-def _task_states(client: prefect.Client, run_id: str) -> dict[str, State]:  # get_flow_run_info leaves mapped ones out
+def _task_states(
+    client: prefect.Client, run_id: str
+) -> dict[str, State]:  # get_flow_run_info leaves mapped ones out
     query = f'query {{ task_run(where: {{ flow_run_id: {{ _eq: "{run_id}" }} }}) {{ id serialized_state }} }}'
-    return {run.id: State.deserialize(run.serialized_state) for run in client.graphql(query).data.task_run}
+    return {
+        run.id: State.deserialize(run.serialized_state)
+        for run in client.graphql(query).data.task_run
+    }
 
 
 def _end_run(number: int, _: object) -> None:
@@ -72,7 +91,9 @@ def _end_run(number: int, _: object) -> None:
     if in_pod:
         threading.Thread(target=_report, args=[prefect.context.flow_run_id]).start()
     for child in multiprocessing.active_children():  # of LocalDaskExecutor("processes")
-        threading.Timer(1, child.terminate).start()  # later, because in a pod tini sends it SIGTERM as well
+        threading.Timer(
+            1, child.terminate
+        ).start()  # later, because in a pod tini sends it SIGTERM as well
     raise KeyboardInterrupt
 
 
@@ -82,9 +103,13 @@ def _report(run_id: str) -> None:
     if not state.is_finished():
         end = Cancelled(state.message) if isinstance(state, Cancelling) else Failed(SIGTERM_CAUSE)
         client.set_flow_run_state(run_id, end)
-        for task_run_id in [key for key, task in _task_states(client, run_id).items() if not task.is_finished()]:
+        for task_run_id in [
+            key for key, task in _task_states(client, run_id).items() if not task.is_finished()
+        ]:
             client.set_task_run_state(task_run_id, end)
 
 
 # A process that a task forks is ended by SIGTERM as usual.
-os.register_at_fork(after_in_child=lambda: signal.getsignal(15) is _end_run and signal.signal(15, signal.SIG_DFL))
+os.register_at_fork(
+    after_in_child=lambda: signal.getsignal(15) is _end_run and signal.signal(15, signal.SIG_DFL)
+)

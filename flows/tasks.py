@@ -26,7 +26,9 @@ from flows.parameters import environment_strings
 from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
 
-PULL_SILENCE_SECONDS = 600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
+PULL_SILENCE_SECONDS = (
+    600  # a pull without any event for so long fails; Docker unpacks a large layer in silence
+)
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
 LOG_BYTES, LOG_LINES = 1 << 20, 10_000  # how much of the end of the output GetContainerLogs returns
@@ -39,17 +41,27 @@ class _DockerTask(prefect.Task):
         super().__init__(*args, **kwargs)
 
 
-def _run(what: str, theirs: type[prefect.Task]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _run(
+    what: str, theirs: type[prefect.Task]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorate ``run``: it takes the arguments of Prefect's, of which the first is required. An error is a FAIL."""
 
     def decorate(run: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(theirs.run)
-        ours = [each for each in inspect.signature(run).parameters.values() if each.kind is each.KEYWORD_ONLY]
+        ours = [
+            each
+            for each in inspect.signature(run).parameters.values()
+            if each.kind is each.KEYWORD_ONLY
+        ]
         _, *names = (*signature.parameters, *(each.name for each in ours))
 
         @functools.wraps(run)
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = {**{name: getattr(self, name) for name in names}, **dict(zip(names, args)), **kwargs}
+            given = {
+                **{name: getattr(self, name) for name in names},
+                **dict(zip(names, args)),
+                **kwargs,
+            }
             if not given[names[0]]:
                 raise ValueError(f"{type(self).__name__}: {names[0]} must be provided.")
             given["extra_docker_kwargs"] = given["extra_docker_kwargs"] or {}
@@ -73,7 +85,10 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
     @_run("Pulling the image", prefect_docker.PullImage)
     def run(self, repository: str, tag: Any, docker_server_url: str, **rest: Any) -> str:
         """Pull ``repository``, which may hold a tag or a digest itself."""
-        separator, started = "@" if tag and str(tag).startswith("sha256:") else ":", time.monotonic()
+        separator, started = (
+            "@" if tag and str(tag).startswith("sha256:") else ":",
+            time.monotonic(),
+        )
         image = f"{repository}{separator}{tag}" if tag else repository
         client = daemon.wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
@@ -83,7 +98,11 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         pull.join(PROGRESS_SECONDS)
         while pull.is_alive():
             silence = time.monotonic() - pull.heard
-            progress = f"{pull}; nothing came for {silence:.0f} s" if silence >= PROGRESS_SECONDS else str(pull)
+            progress = (
+                f"{pull}; nothing came for {silence:.0f} s"
+                if silence >= PROGRESS_SECONDS
+                else str(pull)
+            )
             if silence >= PULL_SILENCE_SECONDS:
                 pull.error = DockerException(f"{progress}: the registry or the daemon hangs")
                 break
@@ -93,7 +112,9 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             words = error_message(pull.error, docker_server_url)
             with suppress(*ERRORS):
                 if "platform" not in options and client.inspect_image(image):  # type: ignore[no-untyped-call]
-                    self.logger.warning(f"Pulling {image}: {abbreviated(words, 300)}; the image on the daemon is used")
+                    self.logger.warning(
+                        f"Pulling {image}: {abbreviated(words, 300)}; the image on the daemon is used"
+                    )
                     return image
             raise pull.signal(image, words)
         if pull.error:
@@ -112,7 +133,13 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
     """
 
     @_run("Creating the container", prefect_docker.CreateContainer)
-    def run(self, image_name: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any], **rest: Any) -> str:
+    def run(
+        self,
+        image_name: str,
+        docker_server_url: str,
+        extra_docker_kwargs: dict[str, Any],
+        **rest: Any,
+    ) -> str:
         """Create the container, and return its id."""
         options = {**rest, "environment": environment_strings(rest["environment"] or {})}
         options["name"] = options.pop("container_name")
@@ -122,14 +149,20 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         host_config = options["host_config"] or {}
         policy = (host_config.get("RestartPolicy") or {}).get("Name")
         if policy not in (None, "", "no"):
-            raise InvalidArgument(f"the restart policy {policy!r} hides the container's exit; use Prefect's retries")
+            raise InvalidArgument(
+                f"the restart policy {policy!r} hides the container's exit; use Prefect's retries"
+            )
         if host_config.pop("AutoRemove", False):
-            self.logger.warning("auto_remove is left out: the container is needed for its exit code and its output")
+            self.logger.warning(
+                "auto_remove is left out: the container is needed for its exit code and its output"
+            )
         labels = options.get("labels") or {}
         labels = labels if isinstance(labels, dict) else dict.fromkeys(labels, "")
         options["labels"] = {**labels, LABEL: prefect.context.get("flow_run_id", "")}
         container = client.create_container(image_name, **options)
-        for warning in container.get("Warnings") or ():  # such as a limit that the daemon cannot enforce
+        for warning in (
+            container.get("Warnings") or ()
+        ):  # such as a limit that the daemon cannot enforce
             self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
 
@@ -138,7 +171,9 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
     """Start a container. The task fails if Docker cannot start it, as when the image has no such command."""
 
     @_run("Starting the container", prefect_docker.StartContainer)
-    def run(self, container_id: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any]) -> None:
+    def run(
+        self, container_id: str, docker_server_url: str, extra_docker_kwargs: dict[str, Any]
+    ) -> None:
         """Start the container."""
         connect(docker_server_url).start(container=container_id, **extra_docker_kwargs)
 
@@ -156,32 +191,47 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         super().__init__(*args, **kwargs)
 
     @_run("Waiting on the container", prefect_docker.WaitOnContainer)
-    def run(self, container_id: str, docker_server_url: str, *, time_limit: Any = None, **rest: Any) -> Any:
+    def run(
+        self, container_id: str, docker_server_url: str, *, time_limit: Any = None, **rest: Any
+    ) -> Any:
         """Wait until the container has exited, and return Docker's answer, with the exit code as ``StatusCode``."""
         client = connect(docker_server_url)
         config = client.inspect_container(container_id)["Config"]
         name = f"Container {container_id[:12]} (image {config['Image']})"
-        watch = Watch(client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"])
+        watch = Watch(
+            client, docker_server_url, container_id, config["Tty"], rest["extra_docker_kwargs"]
+        )
         try:
-            if not watch.log_until_exit(self.logger, name, math.inf if time_limit is None else time_limit):
+            if not watch.log_until_exit(
+                self.logger, name, math.inf if time_limit is None else time_limit
+            ):
                 raise failure(f"{name} was stopped at its time limit of {time_limit} s")
             if isinstance(watch.result, Exception):
                 raise watch.result
         except BaseException as error:  # the container may still run
-            if isinstance(error, SystemExit):  # a process pool's answer to SIGTERM, which may come twice
+            if isinstance(
+                error, SystemExit
+            ):  # a process pool's answer to SIGTERM, which may come twice
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self.logger.warning(f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)")
+            self.logger.warning(
+                f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)"
+            )
             with suppress(*ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
             watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
             raise
-        code, reason = watch.result.get("StatusCode"), (watch.result.get("Error") or {}).get("Message")
+        code, reason = (
+            watch.result.get("StatusCode"),
+            (watch.result.get("Error") or {}).get("Message"),
+        )
         if rest["raise_on_exit_code"] and (reason or code):
             memory = ""
             with suppress(*ERRORS):  # the container may have been removed since
                 if client.inspect_container(container_id)["State"]["OOMKilled"]:
                     memory = ", killed because it exceeded its memory limit (OOMKilled)"
-            raise failure(f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}")
+            raise failure(
+                f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}"
+            )
         self.logger.info(f"{name} exited with code {code}")
         return watch.result
 
@@ -194,7 +244,9 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
     """
 
     @_run("Getting the logs", prefect_docker.GetContainerLogs)
-    def run(self, container_id: Any, docker_server_url: str, extra_docker_kwargs: dict[str, Any]) -> str:
+    def run(
+        self, container_id: Any, docker_server_url: str, extra_docker_kwargs: dict[str, Any]
+    ) -> str:
         """Get the logs, stdout and stderr as they came."""
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
@@ -206,11 +258,15 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
             for _, piece in read(client, container_id, tty, **options):
                 text += piece
                 del text[: -LOG_BYTES - 1]  # with one byte more, which says that it is cut
-                lines += piece.count(b"\n") if tty else 1  # Docker breaks a long line, and counts it as many
+                lines += (
+                    piece.count(b"\n") if tty else 1
+                )  # Docker breaks a long line, and counts it as many
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
         except ERRORS as error:
-            raise signals.SKIP(abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)) from None
+            raise signals.SKIP(
+                abbreviated(f"No logs: {error_message(error, docker_server_url)}", 500)
+            ) from None
         if lines <= LOG_LINES and len(text) <= LOG_BYTES:
             return text.decode(errors="replace")
         text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]

@@ -10,12 +10,16 @@ from docker.errors import DockerException
 
 from flows.settings import load_job_template
 
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes")
+CACHE = Path(
+    os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes"
+)
 NAME = "docker-sidecar"
 LABELS = {"docker-sidecar-on-kubernetes": "make"}  # of containers and networks started here
 # as the flow, the flow's image and the Agent's manifest name it
 PREFECT = tuple(f"prefecthq/prefect:1.4.1{python}" for python in ("", "-python3.10", "-python3.7"))
-DAEMON = str(load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"][0]["image"])
+DAEMON = str(
+    load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"][0]["image"]
+)
 REGISTRY_IMAGE = "registry:3"
 ANSWER_SECONDS, START_SECONDS = 5, 60
 UNREACHABLE = (DockerException, requests.RequestException)

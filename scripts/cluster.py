@@ -30,15 +30,28 @@ KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
-GVISOR = {"apiVersion": "node.k8s.io/v1", "kind": "RuntimeClass", "metadata": {"name": "gvisor"}, "handler": "runsc"}
-WORKERS = {"tests/unit": 2, "tests/docker": 2, "tests/kubernetes": 5}  # for two cores; tests on a cluster mostly wait
+GVISOR = {
+    "apiVersion": "node.k8s.io/v1",
+    "kind": "RuntimeClass",
+    "metadata": {"name": "gvisor"},
+    "handler": "runsc",
+}
+WORKERS = {
+    "tests/unit": 2,
+    "tests/docker": 2,
+    "tests/kubernetes": 5,
+}  # for two cores; tests on a cluster mostly wait
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
 def kind(*arguments: str) -> None:
     """Run kind, with a network and a kubeconfig of the cluster's own."""
     program = shutil.which("kind") or f"{stand_ins.programs('kubernetes')}/kind"
-    environment = {**os.environ, "KIND_EXPERIMENTAL_DOCKER_NETWORK": NETWORK, "KUBECONFIG": str(KUBECONFIG)}
+    environment = {
+        **os.environ,
+        "KIND_EXPERIMENTAL_DOCKER_NETWORK": NETWORK,
+        "KUBECONFIG": str(KUBECONFIG),
+    }
     done = subprocess.run([program, *arguments], env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         raise SetupError(f"kind {' '.join(arguments)} failed:\n{done.stderr[-3000:]}")
@@ -66,12 +79,16 @@ def up(client: docker.DockerClient) -> None:
         say("the cluster was stopped with its engine; creating it again")
         kind("delete", "cluster", "--name", NAME)
     if (options := node_options(client)) is None:
-        raise SetupError("a cluster needs kind (https://kind.sigs.k8s.io) and Docker Hub, or `make airgap` as root")
+        raise SetupError(
+            "a cluster needs kind (https://kind.sigs.k8s.io) and Docker Hub, or `make airgap` as root"
+        )
     try:
         if not client.networks.list(names=[NETWORK]):
             client.networks.create(NETWORK, labels=LABELS)
         registry.start(client, *IMAGES)
-        for name in stand_ins.control_plane_images() if f"--image={stand_ins.NODE}" in options else ():
+        for name in (
+            stand_ins.control_plane_images() if f"--image={stand_ins.NODE}" in options else ()
+        ):
             registry.push(client, name, name)
         address = registry.registry_address(client, NETWORK)  # which the node already needs
         say("creating a node (about a minute)")
@@ -105,9 +122,16 @@ def create(resource: dict[str, Any]) -> None:
 def daemon_config(client: docker.DockerClient, namespace: str) -> dict[str, Any]:
     """The ConfigMap that gives the daemons of a namespace's pods their mirror."""
     address = registry.registry_address(client, NETWORK)
-    daemon_json = json.dumps({"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]})
+    daemon_json = json.dumps(
+        {"registry-mirrors": [f"http://{address}"], "insecure-registries": [address]}
+    )
     metadata = {"name": CONFIG_MAP, "namespace": namespace}
-    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"daemon.json": daemon_json}}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata,
+        "data": {"daemon.json": daemon_json},
+    }
 
 
 def node_of(client: docker.DockerClient) -> Any:
@@ -120,7 +144,9 @@ def node_of(client: docker.DockerClient) -> Any:
 def refuse_foreign() -> None:
     """Raise SetupError if the cluster that runs was not made from this folder."""
     if not KUBECONFIG.exists():
-        raise SetupError(f"the kind cluster {NAME} was not made from this folder. kind delete cluster --name {NAME}?")
+        raise SetupError(
+            f"the kind cluster {NAME} was not made from this folder. kind delete cluster --name {NAME}?"
+        )
 
 
 def down(client: docker.DockerClient) -> None:
@@ -165,8 +191,12 @@ def main(what: str, *folders: str) -> None:
                 elif path.name != "lock":  # for which another `make` may wait
                     path.unlink()
     elif what == "test":
-        commands = [[sys.executable, "-m", "pytest", f"-n{WORKERS[it]}", it] for it in folders or testable()]
-        sys.exit(max(abs(subprocess.run(command).returncode) for command in commands))  # negative: by a signal
+        commands = [
+            [sys.executable, "-m", "pytest", f"-n{WORKERS[it]}", it] for it in folders or testable()
+        ]
+        sys.exit(
+            max(abs(subprocess.run(command).returncode) for command in commands)
+        )  # negative: by a signal
     elif what == "bench":
         paths = [str(path) for folder in testable() for path in Path(folder).glob("bench_*.py")]
         sys.exit(subprocess.run([sys.executable, "-m", "pytest", *paths]).returncode)

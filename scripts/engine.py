@@ -25,7 +25,9 @@ from scripts.images import can_pull
 HOME = CACHE / "dockerd"  # of a dockerd started here: data root, exec root, socket, pid file, log
 SOCKET = f"unix://{HOME}/docker.sock"
 
-_started: list[subprocess.Popen[bytes]] = []  # Python warns when a Popen of a running process is collected
+_started: list[
+    subprocess.Popen[bytes]
+] = []  # Python warns when a Popen of a running process is collected
 
 
 def connect(base_url: str, **options: Any) -> docker.DockerClient:
@@ -123,19 +125,35 @@ def lock() -> Iterator[None]:
 def start() -> docker.DockerClient:
     """Start dockerd on a unix socket. If Docker Hub is out of reach, start a mirror with stand-in images as well."""
     if sys.platform != "linux" or os.geteuid() != 0:
-        raise SetupError("no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST")
+        raise SetupError(
+            "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST"
+        )
     if not shutil.which("dockerd"):
         say("installing dockerd from the Debian package docker.io (about 30 s)")
         if subprocess.run([PROJECT / "scripts" / "apt-install.sh", "docker.io"]).returncode != 0:
-            raise SetupError("no Docker engine answers, and dockerd cannot be installed: install Docker")
+            raise SetupError(
+                "no Docker engine answers, and dockerd cannot be installed: install Docker"
+            )
         if client := find():  # with an init system, the package starts it
             return client
     HOME.mkdir(parents=True, exist_ok=True)
     log = HOME / "dockerd.log"
     (HOME / "daemon.json").write_text("{}")  # not the one of another engine on this machine
-    command = ["dockerd", f"--host={SOCKET}", f"--config-file={HOME}/daemon.json", f"--pidfile={HOME}/dockerd.pid"]
-    command += [f"--data-root={HOME}/data", f"--exec-root={HOME}/exec", f"--registry-mirror=http://{registry.REGISTRY}"]
-    command += [f"--add-runtime=careful={PROJECT}/scripts/airgap/runc-drop-missing-caps", "--default-runtime=careful"]
+    command = [
+        "dockerd",
+        f"--host={SOCKET}",
+        f"--config-file={HOME}/daemon.json",
+        f"--pidfile={HOME}/dockerd.pid",
+    ]
+    command += [
+        f"--data-root={HOME}/data",
+        f"--exec-root={HOME}/exec",
+        f"--registry-mirror=http://{registry.REGISTRY}",
+    ]
+    command += [
+        f"--add-runtime=careful={PROJECT}/scripts/airgap/runc-drop-missing-caps",
+        "--default-runtime=careful",
+    ]
     say(f"starting dockerd (its log: {log})")
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
@@ -143,9 +161,13 @@ def start() -> docker.DockerClient:
     try:
         wait_until(lambda: own() or process.poll() is not None, "dockerd answers")
         if not (client := own()):
-            raise SetupError(f"dockerd cannot be started. The end of its log:\n{log.read_text()[-1500:]}")
+            raise SetupError(
+                f"dockerd cannot be started. The end of its log:\n{log.read_text()[-1500:]}"
+            )
         if not can_pull(client, base.PREFECT[0]):
-            say("Docker Hub is out of reach: a local registry with stand-ins takes its place, for the images it has")
+            say(
+                "Docker Hub is out of reach: a local registry with stand-ins takes its place, for the images it has"
+            )
             registry.start(client, base.PREFECT[0])
     except BaseException:
         stop()

@@ -25,7 +25,9 @@ def start(client: docker.DockerClient, *names: str) -> None:
             options["volumes"] = {f"{NAME}-registry": {"bind": "/var/lib/registry"}}
             client.containers.run(REGISTRY_IMAGE, **options)
     except APIError as error:
-        raise SetupError(f"the local registry cannot start at {REGISTRY}: {error.explanation}") from None
+        raise SetupError(
+            f"the local registry cannot start at {REGISTRY}: {error.explanation}"
+        ) from None
 
     def answers() -> bool:
         with suppress(requests.RequestException), requests.Session() as session:
@@ -33,7 +35,9 @@ def start(client: docker.DockerClient, *names: str) -> None:
             return session.get(f"http://{REGISTRY}/v2/", timeout=ANSWER_SECONDS).ok
         return False
 
-    wait_until(answers, f"the local registry answers at {REGISTRY}; is another program on that port?")
+    wait_until(
+        answers, f"the local registry answers at {REGISTRY}; is another program on that port?"
+    )
     for name in names:
         push(client, name, name)
 

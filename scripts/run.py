@@ -31,7 +31,9 @@ def parameters() -> dict[str, Any]:
         if (value := os.environ.get(name)) is None:
             continue
         found[name.lower()] = value
-        if name in JSON or (name == "COMMAND" and (value == "null" or value.lstrip().startswith("["))):
+        if name in JSON or (
+            name == "COMMAND" and (value == "null" or value.lstrip().startswith("["))
+        ):
             try:
                 found[name.lower()] = json.loads(value)
             except ValueError as error:  # it is text then; a command may be the program [

@@ -24,7 +24,9 @@ from tests.support.waiting import wait_for
 # Under `make test &` SIGINT is ignored, and stays so in what is started from here; but runs are cancelled by it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-SESSION = f"tests-{uuid.uuid4().hex[:8]}"  # of this process: others may use the same engine and cluster
+SESSION = (
+    f"tests-{uuid.uuid4().hex[:8]}"  # of this process: others may use the same engine and cluster
+)
 LABELS = {"docker-sidecar-on-kubernetes": SESSION}
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 PREFECT = "prefecthq/prefect:1.4.1"
@@ -49,7 +51,11 @@ def private_registry(
     with container(
         client,
         REGISTRY_IMAGE,
-        entrypoint=["sh", "-euc", f"echo '{_USER}' >/htpasswd; {wait}exec registry serve /etc/distribution/config.yml"],
+        entrypoint=[
+            "sh",
+            "-euc",
+            f"echo '{_USER}' >/htpasswd; {wait}exec registry serve /etc/distribution/config.yml",
+        ],
         environment={
             "REGISTRY_AUTH": "htpasswd",
             "REGISTRY_AUTH_HTPASSWD_REALM": "tests",
@@ -90,14 +96,18 @@ def login(password: str = "password") -> dict[str, str]:
 def provided() -> Iterator[docker.DockerClient]:
     """This machine's Docker engine, with the images of the tests and a registry that has them."""
     with scripts_engine.running() as client:
-        registry_was_there = bool(client.containers.list(filters={"name": "docker-sidecar-registry"}))
+        registry_was_there = bool(
+            client.containers.list(filters={"name": "docker-sidecar-registry"})
+        )
         registry.start(client, DAEMON, PREFECT, REGISTRY_IMAGE)
         yield client
         if not registry_was_there:
             scripts_engine.remove_ours(client)
 
 
-def set_up_before_workers(session: pytest.Session, set_up: Callable[[], AbstractContextManager[object]]) -> None:
+def set_up_before_workers(
+    session: pytest.Session, set_up: Callable[[], AbstractContextManager[object]]
+) -> None:
     """With `pytest -n`: what the workers share is set up once, in the process that starts them."""
     if session.config.getoption("numprocesses", None) and not WORKER:
         context = set_up()
@@ -107,16 +117,26 @@ def set_up_before_workers(session: pytest.Session, set_up: Callable[[], Abstract
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[docker.DockerClient]:
-    with closing(scripts_engine.connect(os.environ["DOCKER_HOST"])) if WORKER else provided() as client:
+    with (
+        closing(scripts_engine.connect(os.environ["DOCKER_HOST"]))
+        if WORKER
+        else provided() as client
+    ):
         yield client
-        for left in client.containers.list(all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}):
+        for left in client.containers.list(
+            all=True, filters={"label": f"docker-sidecar-on-kubernetes={SESSION}"}
+        ):
             left.remove(force=True, v=True)
 
 
-def busybox(client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox", *changes: str) -> str:
+def busybox(
+    client: docker.DockerClient, name: str = "docker-sidecar-tests:busybox", *changes: str
+) -> str:
     """The name of a small image that is in no registry, and from now on on the client."""
     with container(client, DAEMON, ["-c", BUSYBOX], entrypoint=["sh"]) as found:
         found.wait()
         output = found.logs(stderr=False)
-    client.api.import_image_from_data(base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin", *changes])
+    client.api.import_image_from_data(
+        base64.b64decode(output), *name.split(":"), ["ENV PATH=/bin", *changes]
+    )
     return name

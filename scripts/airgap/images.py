@@ -27,11 +27,28 @@ CA_FOLDER = Path("/usr/local/share/ca-certificates")
 NOT_THERE = 3  # exit status of programs.sh
 
 
-KUBERNETES = re.findall(r"k8s.io/kubernetes (v\S+)", (HERE / "kubernetes" / "go.mod").read_text())[0]
+KUBERNETES = re.findall(r"k8s.io/kubernetes (v\S+)", (HERE / "kubernetes" / "go.mod").read_text())[
+    0
+]
 NODE = f"kindest/node:{KUBERNETES}-airgap"
-ENGINE_PROGRAMS = ("containerd-shim-runc-v2", "dockerd", "docker-proxy", "runc")  # dockerd is its own containerd
+ENGINE_PROGRAMS = (
+    "containerd-shim-runc-v2",
+    "dockerd",
+    "docker-proxy",
+    "runc",
+)  # dockerd is its own containerd
 CONTAINERD_PROGRAMS = ("containerd", "containerd-shim-runc-v2", "ctr", "runc")
-NODE_PROGRAMS = ("coredns", "crictl", "kubeadm", "kubectl", "kubelet", "host-local", "loopback", "portmap", "ptp")
+NODE_PROGRAMS = (
+    "coredns",
+    "crictl",
+    "kubeadm",
+    "kubectl",
+    "kubelet",
+    "host-local",
+    "loopback",
+    "portmap",
+    "ptp",
+)
 CONTROL_PLANE_PROGRAMS = (
     "coredns",
     "etcd",
@@ -44,7 +61,9 @@ CONTROL_PLANE_PROGRAMS = (
 
 def programs(module: str, *options: str, optional: bool = False) -> Path | None:
     """The folder with a module's programs, built by programs.sh. With ``optional``, None if they cannot be built."""
-    done = subprocess.run([HERE / "programs.sh", module, *options], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [HERE / "programs.sh", module, *options], stdout=subprocess.PIPE, text=True
+    )
     if optional and done.returncode == NOT_THERE:
         return None
     if done.returncode != 0:
@@ -54,7 +73,14 @@ def programs(module: str, *options: str, optional: bool = False) -> Path | None:
 
 def control_plane_images() -> list[str]:
     """The images that kubeadm starts a cluster with."""
-    command = [f"{programs('kubernetes')}/kubeadm", "config", "images", "list", "--kubernetes-version", KUBERNETES]
+    command = [
+        f"{programs('kubernetes')}/kubeadm",
+        "config",
+        "images",
+        "list",
+        "--kubernetes-version",
+        KUBERNETES,
+    ]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
 
 
@@ -66,7 +92,12 @@ def build(client: docker.DockerClient, name: str) -> None:
     """
     _build_base(client)
     if name in PREFECT:
-        _build(client, PREFECT, "prefect.Dockerfile", {"requirements.txt": PROJECT / "requirements.txt"})
+        _build(
+            client,
+            PREFECT,
+            "prefect.Dockerfile",
+            {"requirements.txt": PROJECT / "requirements.txt"},
+        )
     elif name in (DAEMON, OLD_DAEMON):
         files = {file: HERE / file for file in ("dockerd-entrypoint.sh", "runc-drop-missing-caps")}
         folder = programs("docker", optional=True) if name == DAEMON else None
@@ -75,7 +106,12 @@ def build(client: docker.DockerClient, name: str) -> None:
         _build(client, [name], "dind.Dockerfile", files)
     elif name == REGISTRY_IMAGE:
         folder = programs("docker", "--if-built", optional=True)  # `make run` need not wait for it
-        _build(client, [name], "registry.Dockerfile", {"bin/registry": folder / "registry"} if folder else {})
+        _build(
+            client,
+            [name],
+            "registry.Dockerfile",
+            {"bin/registry": folder / "registry"} if folder else {},
+        )
     elif name == NODE:
         modules = ("kubernetes", "docker", "network-policy", "gvisor")
         kubernetes, engine, policy, gvisor = (Path(f"{programs(it)}") for it in modules)
@@ -83,14 +119,20 @@ def build(client: docker.DockerClient, name: str) -> None:
         _build(client, control_plane_images(), "control-plane.Dockerfile", files)
         files = {f"bin/{program}": kubernetes / program for program in NODE_PROGRAMS}
         files |= {f"bin/{program}": engine / program for program in CONTAINERD_PROGRAMS}
-        files |= {f"bin/{path.name}": path for folder in (policy, gvisor) for path in folder.iterdir()}
+        files |= {
+            f"bin/{path.name}": path for folder in (policy, gvisor) for path in folder.iterdir()
+        }
         files |= {f"node/{path.name}": path for path in (HERE / "node").iterdir()}
         _build(client, [NODE], "node.Dockerfile", files)
     else:
-        raise SetupError(f"{name} can neither be pulled nor built here. `make airgap` builds what can be")
+        raise SetupError(
+            f"{name} can neither be pulled nor built here. `make airgap` builds what can be"
+        )
 
 
-def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]) -> None:
+def _build(
+    client: docker.DockerClient, names: Sequence[str], dockerfile: str, files: Mapping[str, Path]
+) -> None:
     """Build one image from files, by the path that they have in the context, and give it these names."""
     files = {"Dockerfile": HERE / dockerfile, **files}
     inputs = _hash([inputs_of(client, BASE), *_contents(files)])
@@ -115,7 +157,9 @@ def _build(client: docker.DockerClient, names: Sequence[str], dockerfile: str, f
                 )  # fmt: skip
             except BuildError as error:
                 log = "".join(part.get("stream", "") for part in error.build_log)
-                raise SetupError(f"{source}: {error}; the end of the build's log:\n{log[-3000:]}") from None
+                raise SetupError(
+                    f"{source}: {error}; the end of the build's log:\n{log[-3000:]}"
+                ) from None
     for name in names:
         client.images.get(source).tag(*name.rsplit(":", 1))
 
@@ -128,8 +172,16 @@ def _contents(files: Mapping[str, Path]) -> Iterable[str]:
 
 def _build_base(client: docker.DockerClient) -> None:
     """Import the Debian system on which every image here is built."""
-    bootstrap = ["mmdebstrap", "--quiet", "--mode=root", "--variant=minbase", "--include=ca-certificates"]
-    bootstrap += [f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")]
+    bootstrap = [
+        "mmdebstrap",
+        "--quiet",
+        "--mode=root",
+        "--variant=minbase",
+        "--include=ca-certificates",
+    ]
+    bootstrap += [
+        f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("doc", "man", "locale", "info")
+    ]
     if CA_FOLDER.is_dir():  # else no build gets past a proxy that only this machine trusts
         bootstrap += [f"--customize-hook=copy-in {CA_FOLDER} {CA_FOLDER.parent}"]
     bootstrap += ['--customize-hook=chroot "$1" update-ca-certificates >/dev/null 2>&1']
@@ -152,7 +204,9 @@ def _build_base(client: docker.DockerClient) -> None:
         if subprocess.run([*bootstrap, "bookworm", str(tar)], stdout=sys.stderr).returncode != 0:
             raise SetupError("Debian cannot be bootstrapped for the stand-ins of images, see above")
         repository, tag = BASE.split(":")
-        client.api.import_image_from_file(str(tar), repository, tag, changes=[f"LABEL {LABEL}={inputs}"])
+        client.api.import_image_from_file(
+            str(tar), repository, tag, changes=[f"LABEL {LABEL}={inputs}"]
+        )
     client.images.get(BASE)  # a failed import is reported in the body of a 200, so look
 
 

@@ -19,7 +19,11 @@ LIMIT = 300 << 20  # bytes: the memory of a daemon's container, in place of the 
 # the node's network, and process ids of the container's own
 PRIVILEGED = {"privileged": True, "namespace_options": {"network": 2, "pid": 1}}
 # what kubelet sets for a burstable pod; memory.oom.group since Kubernetes 1.28, on cgroup v2
-RESOURCES = {"memory_limit_in_bytes": LIMIT, "oom_score_adj": 875, "unified": {"memory.oom.group": "1"}}
+RESOURCES = {
+    "memory_limit_in_bytes": LIMIT,
+    "oom_score_adj": 875,
+    "unified": {"memory.oom.group": "1"},
+}
 LEFT = "find /sys/fs/cgroup -type d; ps -o args= --ppid=2 --pid=2 --deselect"
 _names = (f"run-{number}" for number in itertools.count())
 
@@ -27,7 +31,12 @@ _names = (f"run-{number}" for number in itertools.count())
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """The machine. The test that is the first to ask for it waits until it is built and booted."""
-    install = [PROJECT / "scripts/apt-install.sh", "--no-install-recommends", "qemu-system-x86", "e2fsprogs"]
+    install = [
+        PROJECT / "scripts/apt-install.sh",
+        "--no-install-recommends",
+        "qemu-system-x86",
+        "e2fsprogs",
+    ]
     subprocess.run(install, check=True)
     with scripts.engine.running() as client:
         folder = built(client)
@@ -43,8 +52,15 @@ class Pod:
         self.node, self.name, self.before = node, next(_names), node.run(LEFT)
         self.cgroup = f"/kubepods/burstable/pod{self.name}"
         spec = load_job_template(template)["spec"]["template"]["spec"]
-        [daemon] = [it for it in spec.get("initContainers", []) + spec["containers"] if it["name"] == "dind-daemon"]
-        mounts = {mount["mountPath"]: f"/pods/{self.name}/{mount['name']}" for mount in daemon["volumeMounts"]}
+        [daemon] = [
+            it
+            for it in spec.get("initContainers", []) + spec["containers"]
+            if it["name"] == "dind-daemon"
+        ]
+        mounts = {
+            mount["mountPath"]: f"/pods/{self.name}/{mount['name']}"
+            for mount in daemon["volumeMounts"]
+        }
         pod = {
             "metadata": {"name": self.name, "namespace": "default", "uid": self.name},
             "log_directory": f"/var/log/pods/{self.name}",
@@ -55,8 +71,12 @@ class Pod:
             "image": {"image": f"docker.io/library/{DAEMON}"},
             "command": daemon.get("command", []),
             "args": daemon.get("args", []),
-            "envs": [{"key": variable["name"], "value": variable["value"]} for variable in daemon["env"]],
-            "mounts": [{"container_path": inside, "host_path": folder} for inside, folder in mounts.items()],
+            "envs": [
+                {"key": variable["name"], "value": variable["value"]} for variable in daemon["env"]
+            ],
+            "mounts": [
+                {"container_path": inside, "host_path": folder} for inside, folder in mounts.items()
+            ],
             "log_path": "log",
             "linux": {"security_context": PRIVILEGED, "resources": RESOURCES},
         }
@@ -64,16 +84,22 @@ class Pod:
         for name, config in (("pod", pod), ("container", container)):
             node.run(f"printf %s {shlex.quote(json.dumps(config))} >/tmp/{name}.json")
         self.flow = ""
-        if alive := mounts.get("/alive"):  # docker_sidecar's flow takes the lock before the daemon starts
+        if alive := mounts.get(
+            "/alive"
+        ):  # docker_sidecar's flow takes the lock before the daemon starts
             script = "exec 9>taking; flock 9; mv taking lock; exec sleep 6000"
             self.flow = node.run(f"cd {alive}; sh -c '{script}' >/dev/null 2>&1 & echo $!")
         self.sandbox = node.run("crictl -t 100s runp /tmp/pod.json")
-        self.id = node.run(f"crictl -t 100s create {self.sandbox} /tmp/container.json /tmp/pod.json")
+        self.id = node.run(
+            f"crictl -t 100s create {self.sandbox} /tmp/container.json /tmp/pod.json"
+        )
         node.run(f"crictl -t 100s start {self.id}")
         if hook := daemon.get("lifecycle", {}).get("postStart"):
             self.exec(*hook["exec"]["command"])
         node.run(f"cp /inner.tar {mounts['/workspace']}")
-        self.sh("until docker info >/dev/null 2>&1; do sleep 1; done; docker load -i /workspace/inner.tar")
+        self.sh(
+            "until docker info >/dev/null 2>&1; do sleep 1; done; docker load -i /workspace/inner.tar"
+        )
         self.sh(f"docker run --detach --name=sleeper --network=none {INNER} sleep 5000")
 
     def exec(self, *command: str) -> str:
@@ -96,7 +122,9 @@ class Pod:
         def status() -> Any:
             return json.loads(self.node.run(f"crictl -t 100s inspect {self.id}"))["status"]
 
-        wait_for(lambda: status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120)
+        wait_for(
+            lambda: status()["state"] == "CONTAINER_EXITED", "the container ends", self.log, 120
+        )
         return status()["exitCode"], status()["reason"]
 
     def stop(self) -> None:
@@ -110,4 +138,8 @@ class Pod:
         """Remove the pod, as kubelet does. Nothing that came with it may be left on the node."""
         self.node.run(f"kill {self.flow} 2>/dev/null || true; crictl -t 100s rm -f {self.id}")
         self.node.run(f"crictl -t 100s rmp -f {self.sandbox}; rmdir /sys/fs/cgroup{self.cgroup}")
-        wait_for(lambda: self.node.run(LEFT) == self.before, "nothing is left", lambda: self.node.run(LEFT))
+        wait_for(
+            lambda: self.node.run(LEFT) == self.before,
+            "nothing is left",
+            lambda: self.node.run(LEFT),
+        )

@@ -39,7 +39,11 @@ def built(client: docker.DockerClient) -> Path:
         provide(client, DEFAULT_NODE)
         node = client.images.get(DEFAULT_NODE)
     provide(client, DAEMON)
-    inputs = f"{node.id} {client.images.get(DAEMON).id}".encode() + INIT.read_bytes() + Path(__file__).read_bytes()
+    inputs = (
+        f"{node.id} {client.images.get(DAEMON).id}".encode()
+        + INIT.read_bytes()
+        + Path(__file__).read_bytes()
+    )
     ready = CACHE / "cgroup2" / hashlib.sha256(inputs).hexdigest()[:12]
     if not ready.exists():
         shutil.rmtree(ready.parent, ignore_errors=True)
@@ -66,10 +70,18 @@ def _build(client: docker.DockerClient, node_image: str, work: Path) -> None:
     _sh("tar", "-C", tree, "-xf", work / "node.tar")
     volumes = [f"{tree}/var/lib/containerd:/var/lib/containerd", f"{tars}:/images"]
     client.containers.run(
-        node_image, ["-euc", IMPORT], entrypoint="sh", privileged=True, remove=True, labels=LABELS, volumes=volumes
+        node_image,
+        ["-euc", IMPORT],
+        entrypoint="sh",
+        privileged=True,
+        remove=True,
+        labels=LABELS,
+        volumes=volumes,
     )
     shutil.move(tars / INNER.replace(":", "-"), tree / "inner.tar")
-    package = _sh("apt-cache", "depends", "linux-image-cloud-amd64").split("Depends: ")[1].split()[0]
+    package = (
+        _sh("apt-cache", "depends", "linux-image-cloud-amd64").split("Depends: ")[1].split()[0]
+    )
     _sh("apt-get", "download", package, cwd=work)
     _sh("dpkg-deb", "-x", *work.glob("*.deb"), kernel)
     [modules] = (kernel / "lib/modules").iterdir()
@@ -102,7 +114,9 @@ class Node:
         ]
         command += ["-drive", f"file={folder}/disk,format=raw,snapshot=on,if=none,id=disk"]
         command += ["-kernel", f"{folder}/kernel", "-append", KERNEL_OPTIONS]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         assert self._answer() == "ready"
 
     def _answer(self) -> str:

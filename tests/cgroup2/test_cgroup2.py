@@ -13,21 +13,28 @@ HUNGRY = f"--network=none {INNER} dd if=/dev/zero of=/dev/null bs=600M count=1" 
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_container_counts_to_the_pod_and_dies_alone_at_its_own_limit(node: Node, template: str) -> None:
+def test_container_counts_to_the_pod_and_dies_alone_at_its_own_limit(
+    node: Node, template: str
+) -> None:
     pod = Pod(node, template)
     cgroup = node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
     assert cgroup.startswith(f"{pod.cgroup}/{pod.id}/docker/")
     pod.sh(f"docker run --name=hungry --memory=100m {HUNGRY} || true")
     state = "{{.State.ExitCode}} OOMKilled={{.State.OOMKilled}} Running={{.State.Running}} Error={{.State.Error}}"
     seen = pod.sh(f"docker inspect --format '{state}' hungry sleeper").splitlines()
-    assert seen == ["137 OOMKilled=true Running=false Error=", "0 OOMKilled=false Running=true Error="]
+    assert seen == [
+        "137 OOMKilled=true Running=false Error=",
+        "0 OOMKilled=false Running=true Error=",
+    ]
     pod.stop()
     assert pod.ended()[0] == 0
     pod.remove()
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_more_memory_than_the_pod_has_ends_the_daemon_with_all_containers(node: Node, template: str) -> None:
+def test_more_memory_than_the_pod_has_ends_the_daemon_with_all_containers(
+    node: Node, template: str
+) -> None:
     """What SIGKILL to all of them leaves is asserted as well."""
     pod = Pod(node, template)
     with pytest.raises(AssertionError):  # the Docker client dies with all else

@@ -36,8 +36,15 @@ def test_a_flow_run_and_docker_run(engine: docker.DockerClient) -> None:
     cli, flow = in_turn(10, calls).values()
     targets = [("a flow run, more than `docker run`", 1.5, median(flow) - median(cli), "s")]
     targets.append(("a flow run, over `docker run`", 2, median(flow) / median(cli), "times"))
-    rows = [[f"`{' '.join(command)}`", spread(cli)], ["the flow, in a process that has imported it", spread(flow)]]
-    origin = "stand-ins" if any("airgap" in label for label in engine.images.get(IMAGE).labels) else "as published"
+    rows = [
+        [f"`{' '.join(command)}`", spread(cli)],
+        ["the flow, in a process that has imported it", spread(flow)],
+    ]
+    origin = (
+        "stand-ins"
+        if any("airgap" in label for label in engine.images.get(IMAGE).labels)
+        else "as published"
+    )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     text = f"""{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, Docker {engine.version()["Version"]},
 Python {platform.python_version()}, images: {origin}. The image is on the engine. Ten rounds."""
@@ -49,15 +56,29 @@ def test_output(engine: docker.DockerClient) -> None:
     rows, growth, targets = [], [], []
     for size in (1, 10, 100, 1024):
         script = f"import os\nfor _ in range({size} * 16): os.write(1, (b'x' * 1023 + b'\\n') * 64)"
-        container = engine.containers.run(IMAGE, ["python", "-c", script], detach=True, labels=LABELS)
+        container = engine.containers.run(
+            IMAGE, ["python", "-c", script], detach=True, labels=LABELS
+        )
         try:
             container.wait()
-            with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process for each reading
-                found = in_turn(3, {reader: partial(pool.apply, read, (reader, container.id)) for reader in READERS})
+            with get_context("spawn").Pool(
+                1, maxtasksperchild=1
+            ) as pool:  # a process for each reading
+                found = in_turn(
+                    3,
+                    {
+                        reader: partial(pool.apply, read, (reader, container.id))
+                        for reader in READERS
+                    },
+                )
         finally:
             container.remove(force=True)
-        spent, grown = ({name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1))
-        rows.append([str(size), *(spread(by[reader]) for reader in READERS for by in (spent, grown))])
+        spent, grown = (
+            {name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1)
+        )
+        rows.append(
+            [str(size), *(spread(by[reader]) for reader in READERS for by in (spent, grown))]
+        )
         growth.append([round(median(grown[reader])) for reader in (LIBRARY, OURS)])
         targets.append((f"{size} MiB of output, growth of memory", 8, median(grown[OURS]), "MiB"))
     ratio = median(spent[OURS]) / median(spent[ONCE])
@@ -66,8 +87,15 @@ def test_output(engine: docker.DockerClient) -> None:
     text = """To wait on the container and to get its logs: time, and growth of the process's memory. Three rounds.
 Up to 10 MiB, `GetContainerLogs` reads most of the output a second time."""
     head = ["MiB of output", *(f"{name}, {unit}" for name in READERS for unit in ("s", "MiB"))]
-    chart = ["```mermaid", "xychart-beta", f'    title "Growth of memory: {LIBRARY} (bars), {OURS} (line)"']
-    chart += [f'    x-axis "MiB of output" [{", ".join(row[0] for row in rows)}]', '    y-axis "MiB"']
+    chart = [
+        "```mermaid",
+        "xychart-beta",
+        f'    title "Growth of memory: {LIBRARY} (bars), {OURS} (line)"',
+    ]
+    chart += [
+        f'    x-axis "MiB of output" [{", ".join(row[0] for row in rows)}]',
+        '    y-axis "MiB"',
+    ]
     chart += [f"    bar {library}", f"    line {ours}", "```"]
     publish(OUTPUT, targets, text, *table(head, *rows), *chart)
 
@@ -76,14 +104,19 @@ def read(reader: str, container_id: str) -> tuple[float, float]:
     """Read a container's output; returns seconds, and MiB that this process, whose own output is discarded, grew by."""
 
     def memory(field: str) -> float:
-        return int(re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
+        return (
+            int(re.findall(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())[0])
+            / 1024
+        )
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     client, tasks = docker.from_env().api, flows.tasks if reader == OURS else prefect.tasks.docker
     before, started = memory("VmRSS"), time.perf_counter()
     if reader == ONCE:
         url = f"{client.base_url}/v{client.api_version}/containers/{container_id}/logs"
-        for _ in client.get(url, params={"stdout": 1, "stderr": 1}, stream=True).iter_content(chunk_size=None):
+        for _ in client.get(url, params={"stdout": 1, "stderr": 1}, stream=True).iter_content(
+            chunk_size=None
+        ):
             pass
     else:
         for task in (tasks.WaitOnContainer(), tasks.GetContainerLogs()):

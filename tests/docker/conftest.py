@@ -24,7 +24,9 @@ from tests.conftest import LABELS, WORKER, busybox, container, provided, set_up_
 from tests.support.waiting import wait_for
 
 REGISTRY = "localhost:5055"  # the tests' own, as the daemon that it runs in reaches it
-STORE = {"docker-sidecar-tests-registry": {"bind": "/var/lib/registry"}}  # of the registries in that daemon
+STORE = {
+    "docker-sidecar-tests-registry": {"bind": "/var/lib/registry"}
+}  # of the registries in that daemon
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -60,7 +62,9 @@ def private_network(engine: docker.DockerClient) -> Iterator[Network]:
 
 
 @contextmanager
-def run_daemon(engine: docker.DockerClient, network: Network, *arguments: str, **options: Any) -> Iterator[Daemon]:
+def run_daemon(
+    engine: docker.DockerClient, network: Network, *arguments: str, **options: Any
+) -> Iterator[Daemon]:
     """Run the templates' daemon, with its port on this machine's loopback interface only."""
     # --tls=false: without it dockerd sleeps 15 s to warn of a port that only this network reaches
     with container(
@@ -73,9 +77,16 @@ def run_daemon(engine: docker.DockerClient, network: Network, *arguments: str, *
         privileged=True,
         **options,
     ) as found:
-        wait_for(lambda: found.exec_run(["docker", "version"]).exit_code == 0, "dockerd answers", found.logs, 60)
+        wait_for(
+            lambda: found.exec_run(["docker", "version"]).exit_code == 0,
+            "dockerd answers",
+            found.logs,
+            60,
+        )
         found.reload()  # now it has its port
-        url = "tcp://127.0.0.1:" + found.attrs["NetworkSettings"]["Ports"]["2375/tcp"][0]["HostPort"]
+        url = (
+            "tcp://127.0.0.1:" + found.attrs["NetworkSettings"]["Ports"]["2375/tcp"][0]["HostPort"]
+        )
         yield Daemon(connect(url), url, found)
 
 
@@ -108,7 +119,9 @@ def daemon(sidecar: Daemon) -> docker.DockerClient:
 def current_docker(daemon: docker.DockerClient) -> None:
     """For tests of what Docker 20.10 cannot do: its stand-in where there is neither Docker Hub nor Go."""
     if docker.utils.version_lt(daemon.version()["ApiVersion"], "1.44"):
-        pytest.skip("needs the Docker that the templates name; its stand-in, for lack of Go, is Docker 20.10")
+        pytest.skip(
+            "needs the Docker that the templates name; its stand-in, for lack of Go, is Docker 20.10"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -154,8 +167,14 @@ class Outcome:
 
     def output(self, level: str) -> str:
         """What the container wrote, from the run's logs."""
-        found = [each for each in self.records if (each.name, each.levelname) == ("prefect.WaitOnContainer", level)]
-        return "\n".join(each.getMessage() for each in found if not each.getMessage().startswith("Container "))
+        found = [
+            each
+            for each in self.records
+            if (each.name, each.levelname) == ("prefect.WaitOnContainer", level)
+        ]
+        return "\n".join(
+            each.getMessage() for each in found if not each.getMessage().startswith("Container ")
+        )
 
     def naming(self, words: str) -> list[str]:
         """The log lines that name something."""
@@ -186,7 +205,9 @@ def flow_run(
             if hasattr(task, "docker_server_url"):
                 monkeypatch.setattr(task, "docker_server_url", on)
         state = run.run(sidecar.client, **{"image": image, **parameters})
-        return Outcome(state, [record for record in caplog.records if record.name.startswith("prefect")])
+        return Outcome(
+            state, [record for record in caplog.records if record.name.startswith("prefect")]
+        )
 
     yield flow_run
     assert {container.id for container in sidecar.client.containers.list(all=True)} <= before
@@ -197,7 +218,11 @@ def when_logged(caplog: pytest.LogCaptureFixture) -> Iterator[WhenLogged]:
     """Do something during a run, as soon as the run has logged something that a pattern is found in."""
 
     def wait_and_act(pattern: str, act: Callable[[], object]) -> None:
-        wait_for(lambda: re.search(pattern, "\n".join(caplog.messages), re.MULTILINE), pattern, lambda: caplog.text)
+        wait_for(
+            lambda: re.search(pattern, "\n".join(caplog.messages), re.MULTILINE),
+            pattern,
+            lambda: caplog.text,
+        )
         act()
 
     with ThreadPoolExecutor() as pool:

@@ -17,7 +17,16 @@ from docker.models.containers import Container
 from flows.tasks import LABEL, LOG_BYTES
 from scripts.registry import push as push_to_mirror
 from tests.conftest import PREFECT, busybox, container, login, private_registry
-from tests.docker.conftest import REGISTRY, STORE, Daemon, FlowRun, WhenLogged, daemon_with_mirror, push, sh
+from tests.docker.conftest import (
+    REGISTRY,
+    STORE,
+    Daemon,
+    FlowRun,
+    WhenLogged,
+    daemon_with_mirror,
+    push,
+    sh,
+)
 
 SAVE = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
 
@@ -35,7 +44,11 @@ def test_output_goes_to_the_logs_by_stream(flow_run: FlowRun, image: str) -> Non
     run = flow_run(command=["sh", "-c", script], environment=environment)
     assert run.state.is_successful()
     assert (run.output("INFO"), run.output("WARNING")) == ("one\ntrue 1.5 x=y .", "two")
-    assert sorted(run.tasks["GetContainerLogs"].result.splitlines()) == ["one", "true 1.5 x=y .", "two"]
+    assert sorted(run.tasks["GetContainerLogs"].result.splitlines()) == [
+        "one",
+        "true 1.5 x=y .",
+        "two",
+    ]
     assert run.tasks["WaitOnContainer"].result["StatusCode"] == 0
     [pulled] = run.naming("Downloaded newer image") + run.naming("Image is up to date")
     assert image in pulled
@@ -45,14 +58,19 @@ def test_output_reaches_the_logs_while_the_container_runs(
     flow_run: FlowRun, daemon: docker.DockerClient, when_logged: WhenLogged
 ) -> None:
     when_logged("^first$", lambda: touch_seen(daemon))
-    run = flow_run(command=["sh", "-c", "echo first; until [ -e /seen ]; do sleep 0.1; done; echo last"])
+    run = flow_run(
+        command=["sh", "-c", "echo first; until [ -e /seen ]; do sleep 0.1; done; echo last"]
+    )
     assert run.state.is_successful()
     assert run.output("INFO") == "first\nlast"
 
 
 def test_dockers_other_options(flow_run: FlowRun) -> None:
     """The command is the entrypoint's arguments."""
-    extra = {"entrypoint": ["sh", "-c", 'echo "$0 $1 $(id -u) $(hostname) $(pwd)"'], "labels": ["ours"]}
+    extra = {
+        "entrypoint": ["sh", "-c", 'echo "$0 $1 $(id -u) $(hostname) $(pwd)"'],
+        "labels": ["ours"],
+    }
     extra |= {"user": "1234", "hostname": "somewhere", "working_dir": "/tmp"}
     run = flow_run(command=["one", "two"], extra_docker_kwargs=extra)
     assert run.state.is_successful(), run.state.message
@@ -62,18 +80,34 @@ def test_dockers_other_options(flow_run: FlowRun) -> None:
 @pytest.mark.parametrize(
     ("command", "host_config", "cause"),
     [
-        ("sh -c 'echo boom >&2; exit 3'", None, r"^Container \w+ \(image \S+\) exited with code 3$"),
-        ("sh -c 'x=eight888; while :; do x=$x$x; done'", {"mem_limit": "16m"}, r"exited with code 137,.*\(OOMKilled\)"),
-        ("sh -c 'exit 3'", {"restart_policy": {"Name": "on-failure"}}, "restart policy 'on-failure'"),
+        (
+            "sh -c 'echo boom >&2; exit 3'",
+            None,
+            r"^Container \w+ \(image \S+\) exited with code 3$",
+        ),
+        (
+            "sh -c 'x=eight888; while :; do x=$x$x; done'",
+            {"mem_limit": "16m"},
+            r"exited with code 137,.*\(OOMKilled\)",
+        ),
+        (
+            "sh -c 'exit 3'",
+            {"restart_policy": {"Name": "on-failure"}},
+            "restart policy 'on-failure'",
+        ),
         ("no-such-command --option", None, "^Starting the container: .*no-such-command.*not found"),
     ],
     ids=["exit code", "out of memory", "restart policy", "no such command"],
 )
-def test_the_cause_of_a_failure(flow_run: FlowRun, command: str, host_config: Any, cause: str) -> None:
+def test_the_cause_of_a_failure(
+    flow_run: FlowRun, command: str, host_config: Any, cause: str
+) -> None:
     run = flow_run(command=command, host_config=host_config)
     assert run.state.is_failed()
     assert re.search(cause, run.state.message)
-    assert len(run.naming("exited with code")) == cause.count("exited with code"), "the cause is named once"
+    assert len(run.naming("exited with code")) == cause.count("exited with code"), (
+        "the cause is named once"
+    )
     logs = run.tasks["GetContainerLogs"]
     assert logs.is_skipped() or logs.result == ("boom\n" if "boom" in command else "")
 
@@ -98,7 +132,9 @@ def test_an_image_that_only_the_daemon_has(
     assert not run.naming("; retry ")
 
 
-@pytest.mark.parametrize("name", ["nothing-of-this-name:1", "tests/busybox:none", f"tests/busybox@sha256:{'0' * 64}"])
+@pytest.mark.parametrize(
+    "name", ["nothing-of-this-name:1", "tests/busybox:none", f"tests/busybox@sha256:{'0' * 64}"]
+)
 def test_image_not_found(flow_run: FlowRun, name: str) -> None:
     run = flow_run(image=f"{REGISTRY}/{name}", command="true")
     assert run.state.is_failed()
@@ -109,7 +145,11 @@ def test_image_not_found(flow_run: FlowRun, name: str) -> None:
 
 
 def test_registry_down_then_up_again(
-    flow_run: FlowRun, registry: Container, daemon: docker.DockerClient, image: str, when_logged: WhenLogged
+    flow_run: FlowRun,
+    registry: Container,
+    daemon: docker.DockerClient,
+    image: str,
+    when_logged: WhenLogged,
 ) -> None:
     with suppress(docker.errors.ImageNotFound):
         daemon.images.remove(image)
@@ -137,14 +177,20 @@ http.server.ThreadingHTTPServer(("", 5000), Handler).serve_forever()
 """
 
 
-def odd_registry(daemon: docker.DockerClient, status: int, seconds: float = 0) -> AbstractContextManager[Container]:
+def odd_registry(
+    daemon: docker.DockerClient, status: int, seconds: float = 0
+) -> AbstractContextManager[Container]:
     """A registry at localhost:5057 that answers any request with a status, after some seconds."""
     command = ["python", "-uc", ANSWER, str(status), str(seconds)]
     return container(daemon, PREFECT, command, ports={"5000/tcp": ("127.0.0.1", 5057)})
 
 
-@pytest.mark.parametrize(("status", "name"), [(429, "access-denied-report:1"), (503, "not-found:unauthorized")])
-def test_registry_overloaded(flow_run: FlowRun, daemon: docker.DockerClient, status: int, name: str) -> None:
+@pytest.mark.parametrize(
+    ("status", "name"), [(429, "access-denied-report:1"), (503, "not-found:unauthorized")]
+)
+def test_registry_overloaded(
+    flow_run: FlowRun, daemon: docker.DockerClient, status: int, name: str
+) -> None:
     with odd_registry(daemon, status) as server:
         run = flow_run(image=f"localhost:5057/{name}", command="true")
         assert f'" {status} -' in server.logs().decode(), "the registry was asked"
@@ -166,7 +212,9 @@ def test_registry_that_does_not_answer(
     assert run.tasks["PullImage"].is_failed()
 
 
-def test_blob_missing_in_the_registry(flow_run: FlowRun, registry: Container, daemon: docker.DockerClient) -> None:
+def test_blob_missing_in_the_registry(
+    flow_run: FlowRun, registry: Container, daemon: docker.DockerClient
+) -> None:
     saved = b"".join(daemon.images.get(busybox(daemon)).save())
     daemon.api.import_image_from_data(saved, "docker-sidecar-tests", "broken")
     reference = push(daemon, "docker-sidecar-tests:broken", "tests/broken:1")
@@ -192,7 +240,9 @@ def test_no_disk_space_for_the_image(flow_run: FlowRun, engine: docker.DockerCli
 def test_much_output(flow_run: FlowRun) -> None:
     tracemalloc.start()
     try:
-        run = flow_run(command=["sh", "-c", "yes $(printf %01023d 7) | head -n 262144; echo the end"])
+        run = flow_run(
+            command=["sh", "-c", "yes $(printf %01023d 7) | head -n 262144; echo the end"]
+        )
         _, most = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -214,11 +264,16 @@ def test_much_output(flow_run: FlowRun) -> None:
         ("seq 10000", [str(number) for number in range(1, 10_001)]),
         ("seq 10001", [str(number) for number in range(1, 10_002)]),
         ("seq 50000", [str(number) for number in range(1, 50_001)]),
-        ("i=0; while [ $i -lt 2000 ]; do printf %080d\\\\n $i; i=$((i+1)); done", [f"{i:080}" for i in range(2000)]),
+        (
+            "i=0; while [ $i -lt 2000 ]; do printf %080d\\\\n $i; i=$((i+1)); done",
+            [f"{i:080}" for i in range(2000)],
+        ),
     ],
     ids=["10,000 lines", "a line more", "50,000 lines", "long lines"],
 )
-def test_logged_output_is_whole_and_its_end_is_returned(flow_run: FlowRun, command: str, lines: list[str]) -> None:
+def test_logged_output_is_whole_and_its_end_is_returned(
+    flow_run: FlowRun, command: str, lines: list[str]
+) -> None:
     run = flow_run(command=["sh", "-c", command])
     assert run.output("INFO").split("\n") == lines
     returned = run.tasks["GetContainerLogs"].result.splitlines()
@@ -227,7 +282,9 @@ def test_logged_output_is_whole_and_its_end_is_returned(flow_run: FlowRun, comma
     assert returned[cut:] == lines[-10_000:]
 
 
-def test_a_line_that_docker_breaks_counts_as_many(flow_run: FlowRun, daemon: docker.DockerClient) -> None:
+def test_a_line_that_docker_breaks_counts_as_many(
+    flow_run: FlowRun, daemon: docker.DockerClient
+) -> None:
     run = flow_run(command=["sh", "-c", "head -c 600000 /dev/zero | tr '\\0' x; echo; seq 9990"])
     note, *lines = run.tasks["GetContainerLogs"].result.splitlines()
     assert note.startswith("[cut: ")
@@ -246,13 +303,28 @@ LONG_LINE = "(i=0; while [ $i -lt 3000 ]; do printf 日本語の行; i=$((i+1));
         ("printf 'no newline'", False, "no newline", "no newline"),
         ("printf 'a\\0b\\n'", False, "a\ufffdb", "a\0b\n"),
         ("true", False, "", ""),
-        ("test -t 1 && echo a terminal; echo error >&2", True, "a terminal\nerror", "a terminal\r\nerror\r\n"),
+        (
+            "test -t 1 && echo a terminal; echo error >&2",
+            True,
+            "a terminal\nerror",
+            "a terminal\r\nerror\r\n",
+        ),
         (LONG_LINE, False, "日本語の行" * 3000, "日本語の行" * 3000),
         (LONG_LINE, True, "日本語の行" * 3000, "日本語の行" * 3000),
     ],
-    ids=["not UTF-8", "no newline", "NUL", "never writes", "TTY", "long line", "long line on a TTY"],
+    ids=[
+        "not UTF-8",
+        "no newline",
+        "NUL",
+        "never writes",
+        "TTY",
+        "long line",
+        "long line on a TTY",
+    ],
 )
-def test_unusual_output(flow_run: FlowRun, command: str, tty: bool, logged: str, returned: str) -> None:
+def test_unusual_output(
+    flow_run: FlowRun, command: str, tty: bool, logged: str, returned: str
+) -> None:
     run = flow_run(command=["sh", "-c", command], extra_docker_kwargs={"tty": tty})
     assert run.state.is_successful()
     assert run.output("INFO") == logged
@@ -279,7 +351,9 @@ def _sigterm() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(flow_run: FlowRun, caplog: pytest.LogCaptureFixture, when_logged: WhenLogged, signum: int) -> None:
+def test_interrupted(
+    flow_run: FlowRun, caplog: pytest.LogCaptureFixture, when_logged: WhenLogged, signum: int
+) -> None:
     """By Prefect's cancellation or Ctrl-C, or by SIGTERM, which in a pod fails the run: tests/unit/test_states.py."""
     when_logged("^up$", lambda: os.kill(os.getpid(), signum))
     with pytest.raises(KeyboardInterrupt):
@@ -312,7 +386,12 @@ def test_time_limit_of_a_container_that_ignores_sigterm(
     ids=["alone", "beside lines on stdout", "NUL"],
 )
 def test_the_newest_state_of_a_progress_bar(
-    flow_run: FlowRun, daemon: docker.DockerClient, when_logged: WhenLogged, beside: str, sign: str, shown_as: str
+    flow_run: FlowRun,
+    daemon: docker.DockerClient,
+    when_logged: WhenLogged,
+    beside: str,
+    sign: str,
+    shown_as: str,
 ) -> None:
     """The bar goes on until one of its states is in the logs."""
     when_logged(f"{shown_as}$", lambda: touch_seen(daemon))
@@ -326,7 +405,9 @@ def test_the_newest_state_of_a_progress_bar(
     assert not run.naming("\0")
 
 
-def test_a_line_beside_a_progress_bar_comes_once(flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_line_beside_a_progress_bar_comes_once(
+    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.2)
     script = "printf '\\r1%%' >&2; sleep 2; echo one; sleep 1; printf 'no bar'; sleep 2; echo; printf '\\r2%%\\n' >&2"
     run = flow_run(command=["sh", "-c", script])
@@ -346,11 +427,17 @@ def test_a_container_that_goes_while_make_run_looks(
 ) -> None:
     listed = sidecar.client.api.containers
     with monkeypatch.context() as patched:
-        patched.setattr(sidecar.client.api, "containers", lambda **options: [*listed(**options), {"Id": "0" * 64}])
+        patched.setattr(
+            sidecar.client.api,
+            "containers",
+            lambda **options: [*listed(**options), {"Id": "0" * 64}],
+        )
         assert flow_run(command="true").state.is_successful()
 
 
-def test_daemon_dies_during_the_wait(flow_run: FlowRun, engine: docker.DockerClient, when_logged: WhenLogged) -> None:
+def test_daemon_dies_during_the_wait(
+    flow_run: FlowRun, engine: docker.DockerClient, when_logged: WhenLogged
+) -> None:
     with daemon_with_mirror(engine) as mortal:
         image = push_to_mirror(engine, busybox(engine), "tests/mortal:1")
         when_logged("^up$", mortal.container.kill)
@@ -400,7 +487,9 @@ def test_private_registry(
             (plain, None),
             ({"auth": login()["auth"].rstrip("=")}, None),
         ):
-            (tmp_path / "config.json").write_text(json.dumps({"auths": {"localhost:5056": entry} if entry else {}}))
+            (tmp_path / "config.json").write_text(
+                json.dumps({"auths": {"localhost:5056": entry} if entry else {}})
+            )
             with suppress(docker.errors.ImageNotFound):
                 daemon.images.remove(name)
             run = flow_run(image=name, command="true")

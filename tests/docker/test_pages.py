@@ -38,12 +38,18 @@ http.server.ThreadingHTTPServer(("", 3128), Handler).serve_forever()
 
 @pytest.mark.usefixtures("engine")
 def test_make_run_looks_like_this(capfd: pytest.CaptureFixture[str]) -> None:
-    sessions = [(command, output) for command, output in console().items() if output and "make run" in command]
+    sessions = [
+        (command, output)
+        for command, output in console().items()
+        if output and "make run" in command
+    ]
     assert sessions
     for command, output in sessions:
         subprocess.run(["bash", "-c", command], cwd=PROJECT, check=True)
         printed = capfd.readouterr().out
-        said = iter(re.sub(r"^\[\d.*?\]", "[…]", line) for line in printed.splitlines())  # without the time
+        said = iter(
+            re.sub(r"^\[\d.*?\]", "[…]", line) for line in printed.splitlines()
+        )  # without the time
         for line in output:
             assert line in said, f"not there, or not in this order: {line}\n{printed}"
 
@@ -67,32 +73,46 @@ def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:
     (tmp_path / "docker").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "docker").chmod(0o755)
     script = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["sh", "-euc", example("copy-images")], env=script, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        ["sh", "-euc", example("copy-images")], env=script, stdout=subprocess.PIPE, text=True
+    )
     assert set(re.findall("pull (.*)", done.stdout)) == {DAEMON, *PREFECT}
     assert set(re.findall("push registry.example.com/team/(.*)", done.stdout)) == {DAEMON, *PREFECT}
 
 
 def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
-    text = example("base-image").replace("registry.example.com/team/prefecthq/prefect:1.4.1-python3.10", PREFECT[0])
+    text = example("base-image").replace(
+        "registry.example.com/team/prefecthq/prefect:1.4.1-python3.10", PREFECT[0]
+    )
     image, _ = engine.images.build(fileobj=io.BytesIO(text.encode()), rm=True)
     try:
         asked = "pip install --retries=0 nothing-of-this-name 2>&1 || true"
-        assert b"pypi.example.com" in engine.containers.run(image.id, ["sh", "-c", asked], remove=True)
+        assert b"pypi.example.com" in engine.containers.run(
+            image.id, ["sh", "-c", asked], remove=True
+        )
     finally:
         engine.images.remove(image.id, force=True)
 
 
 @pytest.mark.usefixtures("current_docker")
-def test_a_proxy_that_is_really_used(flow_run: FlowRun, engine: docker.DockerClient, tmp_path: Path) -> None:
+def test_a_proxy_that_is_really_used(
+    flow_run: FlowRun, engine: docker.DockerClient, tmp_path: Path
+) -> None:
     """With the daemon.json of the page; only the proxy knows where the mirror is."""
     path = push(engine, busybox(engine), "tests/busybox:1")
     with private_network(engine) as network:
         mirror = registry_address(engine, network.name)
-        with container(engine, PREFECT[0], ["python", "-uc", PROXY, mirror], network=network.name) as proxy:
+        with container(
+            engine, PREFECT[0], ["python", "-uc", PROXY, mirror], network=network.name
+        ) as proxy:
             address = proxy.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
             text = example("daemon-json").replace("proxy.example.com", address)
-            (tmp_path / "daemon.json").write_text(text.replace("https://mirror.example.com", "http://mirror.invalid"))
-            with run_daemon(engine, network, volumes={str(tmp_path): {"bind": "/etc/docker"}}) as daemon:
+            (tmp_path / "daemon.json").write_text(
+                text.replace("https://mirror.example.com", "http://mirror.invalid")
+            )
+            with run_daemon(
+                engine, network, volumes={str(tmp_path): {"bind": "/etc/docker"}}
+            ) as daemon:
                 show = ["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"]
                 run = flow_run(on=daemon.url, image=path, command=show)
             assert run.state.is_successful(), run.state

@@ -31,13 +31,23 @@ def test_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
 
 def python(*arguments: str, **environment: str) -> None:
     """Run Python in the project's folder, successfully."""
-    subprocess.run([sys.executable, *arguments], cwd=PROJECT, env={**os.environ, **environment}, check=True)
+    subprocess.run(
+        [sys.executable, *arguments], cwd=PROJECT, env={**os.environ, **environment}, check=True
+    )
 
 
-def test_make_run_behind_a_proxy(sidecar: Daemon, image: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_make_run_behind_a_proxy(
+    sidecar: Daemon, image: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """The engine on the loopback interface is not asked for through the proxy."""
-    proxy = {"http_proxy": "http://127.0.0.1:9", "all_proxy": "http://127.0.0.1:9", "no_proxy": ".corp"}
-    python("-m", "scripts.run", **proxy, DOCKER_HOST=sidecar.url, IMAGE=image, COMMAND="echo no proxy")
+    proxy = {
+        "http_proxy": "http://127.0.0.1:9",
+        "all_proxy": "http://127.0.0.1:9",
+        "no_proxy": ".corp",
+    }
+    python(
+        "-m", "scripts.run", **proxy, DOCKER_HOST=sidecar.url, IMAGE=image, COMMAND="echo no proxy"
+    )
     assert "| no proxy" in capfd.readouterr().out
 
 
@@ -47,7 +57,13 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
     name = busybox(engine, "docker-sidecar-tests:workspace")
     image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/workspace:1')}"
     binds = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
-    python("-m", "scripts.run", IMAGE=image, COMMAND="cp /workspace/in /workspace/out", HOST_CONFIG=binds)
+    python(
+        "-m",
+        "scripts.run",
+        IMAGE=image,
+        COMMAND="cp /workspace/in /workspace/out",
+        HOST_CONFIG=binds,
+    )
     assert (tmp_path / "out").read_text() == "from here\n"
 
 
@@ -62,7 +78,9 @@ def test_a_base_image_with_a_user_of_its_own(engine: docker.DockerClient) -> Non
     flow = f"localhost/{name}:0.1.0"
     try:
         load = ["python", "-c", "from flows.docker_sidecar import flow; print(flow.name)"]
-        assert b"Docker sidecar example" in engine.containers.run(flow, load, user="1000", remove=True)
+        assert b"Docker sidecar example" in engine.containers.run(
+            flow, load, user="1000", remove=True
+        )
     finally:
         engine.images.remove(flow)
         engine.images.remove(base)
@@ -92,7 +110,11 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
     slow = engine.containers.create(
         REGISTRY_IMAGE,
         name="docker-sidecar-slow-registry",
-        entrypoint=["sh", "-euc", "echo listening on; sleep 1; exec registry serve /etc/distribution/config.yml"],
+        entrypoint=[
+            "sh",
+            "-euc",
+            "echo listening on; sleep 1; exec registry serve /etc/distribution/config.yml",
+        ],
         labels=LABELS,
         ports={"5000/tcp": ("127.0.0.1", 5058)},
     )
@@ -103,7 +125,9 @@ def test_a_registry_is_waited_for_whatever_it_has_logged(
         slow.remove(force=True, v=True)
 
 
-def test_a_port_that_another_program_has(engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_that_another_program_has(
+    engine: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr(registry, "NAME", "docker-sidecar-taken")
         monkeypatch.setattr(registry, "REGISTRY", f"localhost:{taken.getsockname()[1]}")

@@ -30,9 +30,15 @@ Start = Callable[..., Container]
 @pytest.fixture
 def start(engine: docker.DockerClient) -> Iterator[Start]:
     """Start a container of a template, with its hook as kubelet would. All containers of a test share a volume."""
-    volume, started, pool = engine.volumes.create(labels=LABELS), list[Container](), ThreadPoolExecutor()
+    volume, started, pool = (
+        engine.volumes.create(labels=LABELS),
+        list[Container](),
+        ThreadPoolExecutor(),
+    )
 
-    def start(spec: dict[str, Any], edits: dict[str, str] | None = None, daemon_json: str = "") -> Container:
+    def start(
+        spec: dict[str, Any], edits: dict[str, str] | None = None, daemon_json: str = ""
+    ) -> Container:
         text = json.dumps(spec)
         for old, new in (edits or {}).items():
             assert old in text, f"{old!r} is no longer in the template"
@@ -53,7 +59,9 @@ def start(engine: docker.DockerClient) -> Iterator[Start]:
             container.put_archive("/", tar({"etc/docker/daemon.json": daemon_json.encode()}))
         container.start()
         if "lifecycle" in spec:
-            container.hook = pool.submit(container.exec_run, spec["lifecycle"]["postStart"]["exec"]["command"])
+            container.hook = pool.submit(
+                container.exec_run, spec["lifecycle"]["postStart"]["exec"]["command"]
+            )
         return container
 
     yield start
@@ -80,7 +88,12 @@ def second_after(start: Start, script: str) -> Container:
 
 def end(container: Container, within: float = 20) -> tuple[int, str]:
     """The exit code of a container that has to end within some seconds, and what it wrote."""
-    wait_for(lambda: container.reload() or container.status == "exited", "the container ends", container.logs, within)
+    wait_for(
+        lambda: container.reload() or container.status == "exited",
+        "the container ends",
+        container.logs,
+        within,
+    )
     return container.attrs["State"]["ExitCode"], container.logs().decode()
 
 
@@ -93,7 +106,9 @@ def test_a_flow_that_ends_at_once(start: Start, edits: dict[str, str]) -> None:
 
 def test_a_flow_that_cannot_start(start: Start) -> None:
     """As with an image of another architecture, or without flock: no lock is taken. Here the limit is 2 s."""
-    assert end(start(SIDECAR, {"timeout 100": "timeout 2"}))[0] != 0, "the pod fails, and the Agent fails the run"
+    assert end(start(SIDECAR, {"timeout 100": "timeout 2"}))[0] != 0, (
+        "the pod fails, and the Agent fails the run"
+    )
 
 
 def test_daemon_json_cannot_open_the_daemon(start: Start) -> None:
@@ -142,7 +157,9 @@ def test_what_does_not_touch_the_store(start: Start) -> None:
     sh(first, f"{KEEP}; kill -9 $(pidof dockerd)")
     end(first)
     refused = start(KEPT, daemon_json='{"mtu": ')
-    assert "unable to configure the Docker daemon with file /etc/docker/daemon.json" in end(refused)[1]
+    assert (
+        "unable to configure the Docker daemon with file /etc/docker/daemon.json" in end(refused)[1]
+    )
     slow = start(KEPT, {"dockerd-entrypoint.sh dockerd": 'sh -c "exec sleep 300"'})
     wait_for(lambda: b"configuration OK" in slow.logs(), "it starts", slow.logs)
     slow.kill("SIGTERM")

@@ -21,7 +21,15 @@ from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, t
 from tests.support.waiting import wait_for
 
 Row = dict[str, float]  # of a run, its events in seconds after the Job was created
-EVENTS = ("Running", "image pulled", "container exited", "Success", "flow ended", "daemon ended", "Complete")
+EVENTS = (
+    "Running",
+    "image pulled",
+    "container exited",
+    "Success",
+    "flow ended",
+    "daemon ended",
+    "Complete",
+)
 IMAGE, LABEL = PREFECT[0], "prefect.io/flow_run_id"
 pytestmark = pytest.mark.timeout(5400)
 
@@ -31,7 +39,9 @@ def quiet(namespace: Namespace) -> Callable[[], None]:
     """Wait until no run is left, and the node has no store and nothing to write."""
 
     def quiet() -> None:
-        namespace.batch.delete_collection_namespaced_job(namespace.name, propagation_policy="Background")
+        namespace.batch.delete_collection_namespaced_job(
+            namespace.name, propagation_policy="Background"
+        )
         wait_for(lambda: not namespace.pods(LABEL), "no run is left", namespace.report, 120)
         on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar-bench-*; sync")
 
@@ -49,13 +59,20 @@ def measure(submit: Submit, namespace: Namespace, quiet: Callable[[], None]) -> 
         run.succeeds()
         created, complete = namespace.jobs[run.record.id][0][0], run.job_ends()[1]
         # from the node, for Kubernetes gives whole seconds
-        containers = f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
+        containers = (
+            f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
+        )
         seen = on_node("sh", "-c", f"crictl inspect $({containers})")
-        ended = sorted(datetime.fromisoformat(f"{t}+00:00") for t in re.findall(r'finishedAt": "(2[^"]{25})', seen))
+        ended = sorted(
+            datetime.fromisoformat(f"{t}+00:00")
+            for t in re.findall(r'finishedAt": "(2[^"]{25})', seen)
+        )
         run.logged("exited with code")
 
         def logged(pattern: str) -> datetime:
-            return next(log.timestamp for log in run.record.logs if re.search(pattern, str(log.message)))
+            return next(
+                log.timestamp for log in run.record.logs if re.search(pattern, str(log.message))
+            )
 
         states = {state.state: state.timestamp for state in run.record.states}
         times = [states["Running"], logged("(Downloaded newer image|Image is up to date) for")]
@@ -76,7 +93,10 @@ def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
     """Run a Job without an Agent and without the flow."""
     name, started = f"plain-{uuid.uuid4()}", time.monotonic()
     pod = {"metadata": {"labels": {LABEL: name}}, "spec": {**spec, "restartPolicy": "Never"}}
-    body = {"metadata": {"name": name, "labels": {LABEL: name}}, "spec": {"backoffLimit": 0, "template": pod}}
+    body = {
+        "metadata": {"name": name, "labels": {LABEL: name}},
+        "spec": {"backoffLimit": 0, "template": pod},
+    }
     namespace.batch.create_namespaced_job(namespace.name, body)
     how, _ = wait_for(lambda: namespace.job_ended(name), "the Job has ended", namespace.report, 120)
     assert how == "Complete", namespace.report()
@@ -85,7 +105,10 @@ def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
 
 def events(runs: dict[str, list[Row]]) -> list[str]:
     """A table of when what happened."""
-    cells = [[name, *(spread([row[e] for row in rows if e in row]) for e in EVENTS)] for name, rows in runs.items()]
+    cells = [
+        [name, *(spread([row[e] for row in rows if e in row]) for e in EVENTS)]
+        for name, rows in runs.items()
+    ]
     return table(["seconds after the Job was created", *EVENTS], *cells)
 
 
@@ -95,27 +118,41 @@ def middle(rows: list[Row], event: str) -> float:
 
 def timeline(runs: dict[str, list[Row]]) -> list[str]:
     """The medians as a Gantt chart, drawn by Mermaid."""
-    lines = ["```mermaid", '%%{init: {"gantt": {"leftPadding": 230}}}%%', "gantt"]  # room for the names
+    lines = [
+        "```mermaid",
+        '%%{init: {"gantt": {"leftPadding": 230}}}%%',
+        "gantt",
+    ]  # room for the names
     lines += ["    dateFormat x", "    axisFormat %s s"]
     for name, rows in runs.items():
         ends = [0, *(round(1000 * middle(rows, event)) for event in EVENTS)]
         parts = zip(EVENTS, ends, ends[1:])
-        lines += [f"    section {name}", *(f"    {what} : {start}, {end}" for what, start, end in parts)]
+        lines += [
+            f"    section {name}",
+            *(f"    {what} : {start}, {end}" for what, start, end in parts),
+        ]
     return [*lines, "```"]
 
 
-def test_a_run_and_a_plain_job(measure: Callable[..., Row], namespace: Namespace, templates: list[str]) -> None:
+def test_a_run_and_a_plain_job(
+    measure: Callable[..., Row], namespace: Namespace, templates: list[str]
+) -> None:
     image = f"{registry.REGISTRY}/{SMALL_IMAGE}"  # as the node calls it
     spec = {"containers": [{"name": "plain", "image": image, "command": ["true"]}]}
-    calls: dict[str, Callable[[], Row]] = {name: partial(measure, template(name)) for name in templates}
+    calls: dict[str, Callable[[], Row]] = {
+        name: partial(measure, template(name)) for name in templates
+    }
     runs = in_turn(5, {**calls, "a plain Job": partial(plain, namespace, spec)})
     job = runs.pop("a plain Job")
     least = median(row["Complete"] for row in job)
     targets = [
-        (f"{name}, Complete, more than a plain Job", 5, middle(runs[name], "Complete") - least, "s") for name in runs
+        (f"{name}, Complete, more than a plain Job", 5, middle(runs[name], "Complete") - least, "s")
+        for name in runs
     ]
     if "gvisor_sidecar" in runs:
-        ratio = middle(runs["gvisor_sidecar"], "Success") / middle(runs["native_sidecar"], "Success")
+        ratio = middle(runs["gvisor_sidecar"], "Success") / middle(
+            runs["native_sidecar"], "Success"
+        )
         targets.append(("gvisor_sidecar, until Success, over native_sidecar", 2, ratio, "times"))
     version = kubernetes.client.VersionApi(namespace.api).get_code().git_version
     text = f"""Kubernetes {version}, a small image, the container runs `true`. Five rounds. A plain Job with the same
@@ -124,14 +161,19 @@ image takes {spread([row["Complete"] for row in job])} s until it is Complete. E
 
 
 def test_the_first_pull(
-    measure: Callable[..., Row], namespace: Namespace, quiet: Callable[[], None], templates: list[str]
+    measure: Callable[..., Row],
+    namespace: Namespace,
+    quiet: Callable[[], None],
+    templates: list[str],
 ) -> None:
     def floor() -> Row:
         """Pull and run by the Docker CLI, in native_sidecar's pod."""
         quiet()
         spec = template("native_sidecar")["spec"]["template"]["spec"]
         script = f"until docker version; do sleep 0.1; done; docker pull --quiet {IMAGE}; docker run --rm {IMAGE} true"
-        spec["containers"][0].update(image=spec["initContainers"][0]["image"], command=["sh", "-ec", script])
+        spec["containers"][0].update(
+            image=spec["initContainers"][0]["image"], command=["sh", "-ec", script]
+        )
         return plain(namespace, spec)
 
     def cold_and_warm(name: str) -> list[Row]:

@@ -29,7 +29,15 @@ from prefect.run_configs import KubernetesRun
 from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from flows.states import SIGTERM_CAUSE
 from scripts import cluster, registry
-from tests.conftest import SESSION, WORKER, busybox, private_registry, provided, set_up_before_workers, tar
+from tests.conftest import (
+    SESSION,
+    WORKER,
+    busybox,
+    private_registry,
+    provided,
+    set_up_before_workers,
+    tar,
+)
 from tests.support.pages import command, commands
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
@@ -49,7 +57,9 @@ exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernet
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
-        config.option.dist = "loadgroup"  # gives out single tests; the others give out a quarter of them at once
+        config.option.dist = (
+            "loadgroup"  # gives out single tests; the others give out a quarter of them at once
+        )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +69,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(400))
     # what may take longest starts first
-    items.sort(key=lambda item: max((mark.args[0] for mark in item.iter_markers("timeout")), default=0), reverse=True)
+    items.sort(
+        key=lambda item: max((mark.args[0] for mark in item.iter_markers("timeout")), default=0),
+        reverse=True,
+    )
 
 
 @dataclass
@@ -68,7 +81,9 @@ class Namespace:
 
     api: kubernetes.client.ApiClient
     name: str
-    jobs: dict[str, list[tuple[datetime, Any]]] = field(default_factory=dict)  # by flow run: when, and the Job
+    jobs: dict[str, list[tuple[datetime, Any]]] = field(
+        default_factory=dict
+    )  # by flow run: when, and the Job
 
     def __post_init__(self) -> None:
         self.core = kubernetes.client.CoreV1Api(self.api)
@@ -77,10 +92,14 @@ class Namespace:
 
     def _watch_jobs(self) -> None:
         with suppress(urllib3.exceptions.HTTPError):  # the cluster is gone
-            for event in kubernetes.watch.Watch().stream(self.batch.list_namespaced_job, namespace=self.name):
+            for event in kubernetes.watch.Watch().stream(
+                self.batch.list_namespaced_job, namespace=self.name
+            ):
                 job = event["object"]
                 run_id = (job.metadata.labels or {}).get("prefect.io/flow_run_id")
-                self.jobs.setdefault(run_id, []).append((datetime.now(timezone.utc), event["type"], job))
+                self.jobs.setdefault(run_id, []).append(
+                    (datetime.now(timezone.utc), event["type"], job)
+                )
 
     def pods(self, selector: str) -> list[Any]:
         return list(self.core.list_namespaced_pod(self.name, label_selector=selector).items)
@@ -165,7 +184,9 @@ def prefect_api(client: docker.DockerClient) -> Iterator[PrefectAPI]:
     with PrefectAPI(host=gateway) as found:
         ask = ["bash", "-c", f"</dev/tcp/{gateway}/{found.server_port}"]
         status, output = client.containers.get(cluster.NODE).exec_run(ask)
-        assert status == 0, f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
+        assert status == 0, (
+            f"pods cannot reach this machine at {found.url}; a firewall? {output.decode()}"
+        )
         os.environ["DOCKER_SIDECAR_TESTS_API"] = found.url
         yield found
     assert not found.errors
@@ -181,8 +202,13 @@ def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
     }
     exports = [command for command in commands() if command.startswith("export ")]
     script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
-    own = {"HOME": os.environ["DOCKER_SIDECAR_TESTS"], "FLOW_IMAGE_TAG": SESSION}  # a tag that the node has not pulled
-    return shell(replaced(script, {**names, **(instead or {})}), KUBECONFIG=str(cluster.KUBECONFIG), **own)
+    own = {
+        "HOME": os.environ["DOCKER_SIDECAR_TESTS"],
+        "FLOW_IMAGE_TAG": SESSION,
+    }  # a tag that the node has not pulled
+    return shell(
+        replaced(script, {**names, **(instead or {})}), KUBECONFIG=str(cluster.KUBECONFIG), **own
+    )
 
 
 @contextmanager
@@ -240,7 +266,9 @@ def namespace(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespac
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
     kubectl(f"delete namespace {NAMESPACE} --wait=false")
-    kubectl("delete pods --all --force --wait=false")  # the Agent does not heed SIGTERM, and the namespace waits for it
+    kubectl(
+        "delete pods --all --force --wait=false"
+    )  # the Agent does not heed SIGTERM, and the namespace waits for it
 
 
 @pytest.fixture(scope="session")
@@ -304,7 +332,11 @@ def private_image(engine: docker.DockerClient, tmp_path: Path) -> Iterator[str]:
 def daemon_of(template: Template) -> dict[str, Any]:
     """The container of a template that runs the Docker daemon."""
     pod = template["spec"]["template"]["spec"]
-    [found] = [c for c in (*pod["containers"], *pod.get("initContainers", [])) if c["name"] == "dind-daemon"]
+    [found] = [
+        c
+        for c in (*pod["containers"], *pod.get("initContainers", []))
+        if c["name"] == "dind-daemon"
+    ]
     return found  # type: ignore[no-any-return]
 
 
@@ -341,19 +373,27 @@ class Run:
 
     def fails(self, timeout: float = 180) -> str:
         """Wait until the run has failed, and return its message."""
-        assert self.reaches("Success", "Failed", "Cancelled", timeout=timeout).state == "Failed", self.seen()
+        assert self.reaches("Success", "Failed", "Cancelled", timeout=timeout).state == "Failed", (
+            self.seen()
+        )
         return str(self.record.message)
 
     def ends_by_sigterm(self, saves: bool = True) -> None:
         """Failed within the 30 s that Kubernetes gives, with the cause; and the container has the time to save."""
         assert self.fails(timeout=30) == SIGTERM_CAUSE, self.seen()
-        self.wait(lambda: {*self.record.task_states.values()} <= {"Success", "Failed"}, "no task is unfinished", 30)
+        self.wait(
+            lambda: {*self.record.task_states.values()} <= {"Success", "Failed"},
+            "no task is unfinished",
+            30,
+        )
         if saves:
             self.logged("saving", 30)
 
     def job_ends(self, timeout: float = 60) -> tuple[str, datetime]:
         """Wait until the Job has ended; how, and when that was seen."""
-        return self.wait(lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout)
+        return self.wait(
+            lambda: self.namespace.job_ended(self.record.id), "its Job has ended", timeout
+        )
 
     def logs(self) -> str:
         """What Prefect shows as the run's logs."""
@@ -369,25 +409,39 @@ class Run:
     def container_writes(self, text: str) -> Pod:
         """Wait until a line of the container is in the run's logs, and return the pod."""
         found = lambda: text in self.logs().splitlines()  # noqa: E731
-        self.wait(lambda: found() or self.record.state == "Failed", f"the run logs the line {text!r}", 180)
+        self.wait(
+            lambda: found() or self.record.state == "Failed", f"the run logs the line {text!r}", 180
+        )
         assert found(), self.seen()
         return self.namespace.pod(self.selector)
 
 
 def start(api: PrefectAPI, namespace: Namespace, flow_id: str | None = None, **options: Any) -> Run:
     """Create a run, by default of the registered flow as it is."""
-    return Run(namespace, api.flow_runs[api.create_flow_run(flow_id or next(iter(api.flows)), **options)])
+    return Run(
+        namespace, api.flow_runs[api.create_flow_run(flow_id or next(iter(api.flows)), **options)]
+    )
 
 
 @pytest.fixture
-def submit(namespace: Namespace, api: PrefectAPI, deployment: None, small_image: str) -> Iterator[Submit]:
+def submit(
+    namespace: Namespace, api: PrefectAPI, deployment: None, small_image: str
+) -> Iterator[Submit]:
     """Submit a run of the flow, on a job template of its own if need be."""
     runs: list[Run] = []
 
-    def submit(template: Template | str = "docker_sidecar", memory: str | None = None, **parameters: Any) -> Run:
+    def submit(
+        template: Template | str = "docker_sidecar", memory: str | None = None, **parameters: Any
+    ) -> Run:
         job = load_job_template(template) if isinstance(template, str) else template
-        config = KubernetesRun(job_template=job, memory_request=memory, memory_limit=memory, labels=LABELS).serialize()
-        runs.append(start(api, namespace, parameters={"image": small_image, **parameters}, run_config=config))
+        config = KubernetesRun(
+            job_template=job, memory_request=memory, memory_limit=memory, labels=LABELS
+        ).serialize()
+        runs.append(
+            start(
+                api, namespace, parameters={"image": small_image, **parameters}, run_config=config
+            )
+        )
         return runs[-1]
 
     yield submit

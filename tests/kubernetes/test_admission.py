@@ -13,7 +13,16 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import NAMESPACE, Namespace, Run, daemon_of, readme, replaced, shell, start
+from tests.kubernetes.conftest import (
+    NAMESPACE,
+    Namespace,
+    Run,
+    daemon_of,
+    readme,
+    replaced,
+    shell,
+    start,
+)
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
 from tests.support.waiting import wait_for
@@ -46,10 +55,17 @@ def team(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
     readme("kubectl label namespace", HERE)
     found = Namespace(cluster.api(), TEAM)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, TEAM))
-    readme("kubectl apply --filename agent-role.yaml", {"agent-role.yaml": here(example("agent-role"))})
+    readme(
+        "kubectl apply --filename agent-role.yaml", {"agent-role.yaml": here(example("agent-role"))}
+    )
     readme("kubectl apply --filename admission-policy.yaml", POLICY)
     try:
-        wait_for(lambda: "no namespaces" in tried(pod(hostNetwork=True)), "the policy is in force", found.report, 60)
+        wait_for(
+            lambda: "no namespaces" in tried(pod(hostNetwork=True)),
+            "the policy is in force",
+            found.report,
+            60,
+        )
         yield found
     finally:
         kinds = "validatingadmissionpolicybinding,validatingadmissionpolicy,namespace"
@@ -60,7 +76,12 @@ def team(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
 def pod(securityContext: Any = None, **spec: Any) -> Body:
     container = {"name": "any", "image": "busybox", "securityContext": securityContext}
     metadata = {"name": "tried"}
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": {"containers": [container], **spec}}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": metadata,
+        "spec": {"containers": [container], **spec},
+    }
 
 
 def job_pod(template: str = "native_sidecar", **edits: str) -> Body:
@@ -78,7 +99,9 @@ def tried(body: Body, user: str = "") -> str:
     return shell(f"kubectl create {options} --filename - || true", stdin=json.dumps(body))
 
 
-def test_a_run_under_the_policy_with_an_agent_of_few_rights(team: Namespace, api: PrefectAPI, small_image: str) -> None:
+def test_a_run_under_the_policy_with_an_agent_of_few_rights(
+    team: Namespace, api: PrefectAPI, small_image: str
+) -> None:
     """One with the policy's image of the daemon, and one with another; the Agent deletes the Job that has ended."""
 
     def submit(image: str) -> Run:
@@ -94,7 +117,11 @@ def test_a_run_under_the_policy_with_an_agent_of_few_rights(team: Namespace, api
     good.succeeds("admitted")
     bad.fails()
     assert "only dind-daemon may be privileged" in bad.seen()
-    good.wait(lambda: "DELETED" in [event for _, event, _ in team.jobs[good.record.id]], "the Job is deleted", 100)
+    good.wait(
+        lambda: "DELETED" in [event for _, event, _ in team.jobs[good.record.id]],
+        "the Job is deleted",
+        100,
+    )
 
 
 def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str]) -> None:
@@ -106,7 +133,11 @@ def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str
         (pod(hostNetwork=True), "", "no namespaces of the node"),
         (pod(hostPID=True), "", "no namespaces of the node"),
         (pod(volumes=[{"name": "v", "hostPath": {"path": "/"}}]), "", "no hostPath but"),
-        (pod(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}), "", "no added capabilities"),
+        (
+            pod(securityContext={"capabilities": {"add": ["SYS_ADMIN"]}}),
+            "",
+            "no added capabilities",
+        ),
         (job_pod(image="docker:28-dind"), JOB_CONTROLLER, "only dind-daemon"),
         (job_pod(name="other"), JOB_CONTROLLER, "only dind-daemon"),
         (pod(securityContext={"privileged": True}), JOB_CONTROLLER, "only dind-daemon"),
@@ -123,17 +154,30 @@ def test_what_the_policy_admits_and_refuses(team: Namespace, templates: list[str
 @pytest.mark.parametrize(
     ("rule", "refused", "message", "admitted"),
     [
-        ("node-pool-rule", pod(), "only on the nodes", pod(nodeSelector={"dedicated": "containers"})),
+        (
+            "node-pool-rule",
+            pod(),
+            "only on the nodes",
+            pod(nodeSelector={"dedicated": "containers"}),
+        ),
         ("gvisor-rule", job_pod(), "only gVisor", job_pod("gvisor_sidecar")),
     ],
     ids=["node pool", "gVisor"],
 )
-def test_a_rule_more(team: Namespace, rule: str, refused: Body, message: str, admitted: Body) -> None:
+def test_a_rule_more(
+    team: Namespace, rule: str, refused: Body, message: str, admitted: Body
+) -> None:
     """Added to the policy of the page."""
-    added = [{"op": "add", "path": "/spec/validations/-", "value": yaml.safe_load(example(rule))[0]}]
-    shell(f"kubectl patch validatingadmissionpolicy {TEAM} --type json --patch {shlex.quote(json.dumps(added))}")
+    added = [
+        {"op": "add", "path": "/spec/validations/-", "value": yaml.safe_load(example(rule))[0]}
+    ]
+    shell(
+        f"kubectl patch validatingadmissionpolicy {TEAM} --type json --patch {shlex.quote(json.dumps(added))}"
+    )
     try:
-        wait_for(lambda: message in tried(refused, JOB_CONTROLLER), "the rule is in force", timeout=60)
+        wait_for(
+            lambda: message in tried(refused, JOB_CONTROLLER), "the rule is in force", timeout=60
+        )
         assert "created" in tried(admitted, JOB_CONTROLLER)
     finally:
         readme("kubectl apply --filename admission-policy.yaml", POLICY)

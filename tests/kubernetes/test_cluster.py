@@ -66,9 +66,15 @@ def test_a_run_in_progress(
     """One run is asked all that does not end it, and is cancelled then."""
     is_sandbox = template_name == "gvisor_sidecar"
     limits = {"mem_limit": "64m", "memswap_limit": "64m", "cpu_quota": 50_000} if is_sandbox else {}
-    run = submit(template_name, command=["sh", "-c", ASKS], host_config={"binds": ["/workspace:/workspace"], **limits})
+    run = submit(
+        template_name,
+        command=["sh", "-c", ASKS],
+        host_config={"binds": ["/workspace:/workspace"], **limits},
+    )
     pod = run.container_writes("up")
-    in_the_flow, in_the_daemon = (partial(pod.execute, name, "sh", "-c") for name in ("flow-container", "dind-daemon"))
+    in_the_flow, in_the_daemon = (
+        partial(pod.execute, name, "sh", "-c") for name in ("flow-container", "dind-daemon")
+    )
     run.wait(lambda: run.record.heartbeats, "a heartbeat", 60)
     run.logged("10.96.0.1")  # a Service of the cluster by its name
     if is_sandbox:  # which has no such limits; Docker's words for that are in the run's logs
@@ -78,20 +84,30 @@ def test_a_run_in_progress(
     # the flow has few rights
     said = in_the_flow("cat /proc/1/status; grep ' / ' /proc/mounts; ls /var/run/secrets")
     seccomp = "Seccomp:\t0" if is_sandbox else "Seccomp:\t2"  # the sandbox has a filter of its own
-    for words in ("Uid:\t1000\t", f"CapEff:\t{'0' * 16}", f"CapBnd:\t{'0' * 16}", "NoNewPrivs:\t1", seccomp):
+    for words in (
+        "Uid:\t1000\t",
+        f"CapEff:\t{'0' * 16}",
+        f"CapBnd:\t{'0' * 16}",
+        "NoNewPrivs:\t1",
+        seccomp,
+    ):
         assert words in said, said
     assert re.search(r" / \w+ ro,", said), "a root that is read-only"
     assert "kubernetes.io" not in said, "no token of a service account"
 
     # nobody else reaches the daemon
     own = pod.asks("flow-container", "127.0.0.1")
-    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, "a socket, and no port"
+    assert own == "open" if template_name == "docker_sidecar" else "refused" in own, (
+        "a socket, and no port"
+    )
     assert "refused" in pod.asks("flow-container", pod.address), "not even to the pod's own address"
     assert "refused" in agent.asks("agent", pod.address)
     assert "refused" in on_node("bash", "-c", f"! echo 2>&1 >/dev/tcp/{pod.address}/2375")
 
     # the daemon is the one that the template names
-    said = in_the_daemon("docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'")
+    said = in_the_daemon(
+        "docker version --format '{{.Server.APIVersion}}'; docker info --format '{{.DriverStatus}}'"
+    )
     assert [int(part) for part in said.split()[0].split(".")] >= [1, 50]
     assert "io.containerd.snapshotter" in said
 
@@ -100,7 +116,11 @@ def test_a_run_in_progress(
     in_the_flow("echo from the flow >/workspace/in")
     run.container_writes("from the flow")
 
-    left = [line.split()[1][:4] for line in readme("kubectl get jobs,pods").splitlines() if run.record.id in line]
+    left = [
+        line.split()[1][:4]
+        for line in readme("kubectl get jobs,pods").splitlines()
+        if run.record.id in line
+    ]
     assert sorted(left) == ["job.", "pod/"], "what the command for left-overs finds"
 
     api.cancel(run.record.id)
@@ -109,17 +129,24 @@ def test_a_run_in_progress(
     run.logged("saving")
 
 
-def test_container_exits_3_and_the_run_is_restarted(submit: Submit, template_name: str, api: PrefectAPI) -> None:
+def test_container_exits_3_and_the_run_is_restarted(
+    submit: Submit, template_name: str, api: PrefectAPI
+) -> None:
     """What the UI's button does. The new pod's daemon has no containers, so everything runs again."""
     run = submit(template_name, command=["sh", "-c", "echo ran in $HOSTNAME; exit 3"])
     assert "exited with code 3" in run.fails()
     assert run.job_ends()[0] == "Complete", "the flow did its work, so the Job did"
     run.logged("Flow run FAILED")
     assert run.logs().count("ran in ") == 1
-    if template_name in ("docker_sidecar", "kept_layers"):  # an empty store, and one that the first run has used
+    if template_name in (
+        "docker_sidecar",
+        "kept_layers",
+    ):  # an empty store, and one that the first run has used
         api.restart(run.record.id)
         run.wait(lambda: run.logs().count("ran in ") == 2, "the container has run again", 120)
-        run.wait(lambda: "exited with code 3" in (run.record.message or ""), "it has failed again", 30)
+        run.wait(
+            lambda: "exited with code 3" in (run.record.message or ""), "it has failed again", 30
+        )
 
 
 @pytest.mark.timeout(700)
@@ -141,7 +168,9 @@ def test_flows_that_die(submit: Submit, templates: list[str]) -> None:
 
 @pytest.mark.timeout(700)
 def test_daemons_that_cannot_start(submit: Submit, templates: list[str]) -> None:
-    broken = {name: edited(name, "--log-driver=local", "--storage-driver=nonsense") for name in templates}
+    broken = {
+        name: edited(name, "--log-driver=local", "--storage-driver=nonsense") for name in templates
+    }
     # refused before dockerd starts: the hook of kept_layers gives up, so that the flow starts and says what is wrong
     broken["refused"] = edited("kept_layers", "--log-driver=local", "--mtu=many")
     runs = {name: submit(template, command="true") for name, template in broken.items()}
@@ -187,7 +216,9 @@ def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
 
     def ended() -> bool:
         statuses = [status for pod in run.pods() for status in pod.status.container_statuses]
-        return not any(status.state.running for status in statuses)  # kubelet may call an ended one "waiting"
+        return not any(
+            status.state.running for status in statuses
+        )  # kubelet may call an ended one "waiting"
 
     run.wait(ended, "nothing of the pod runs any more", 20)
     # kubelet may miss that, and finds out when it looks at all its pods, once a minute
@@ -196,7 +227,9 @@ def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates: list[str]) -> None:
+def test_hungry_containers_take_their_pod_not_the_node(
+    submit: Submit, templates: list[str]
+) -> None:
     """Of kept_layers only the store is another than native_sidecar's."""
     runs = {}
     for name in set(templates) - {"kept_layers"}:
@@ -205,7 +238,9 @@ def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates
         runs[name] = submit(template, command=EAT)
     for name, run in runs.items():
         message = run.fails(timeout=240)
-        if name == "gvisor_sidecar":  # the sandbox is one process, so the flow ends too, and the Agent says so
+        if (
+            name == "gvisor_sidecar"
+        ):  # the sandbox is one process, so the flow ends too, and the Agent says so
             run.logged("Reason: OOMKilled")
         else:
             run.logged("up")
@@ -214,7 +249,10 @@ def test_hungry_containers_take_their_pod_not_the_node(submit: Submit, templates
         run.job_ends()
     # the node is well, and a container with a limit of its own dies alone
     run = submit(command=EAT, host_config={"mem_limit": "32m", "memswap_limit": "32m"})
-    assert "exited with code 137, killed because it exceeded its memory limit (OOMKilled)" in run.fails()
+    assert (
+        "exited with code 137, killed because it exceeded its memory limit (OOMKilled)"
+        in run.fails()
+    )
     assert run.job_ends()[0] == "Complete"
 
 
@@ -241,7 +279,9 @@ def test_kept_layers(submit: Submit, store: str) -> None:
     again.logged("Image is up to date")
     assert pod.execute("dind-daemon", *ask).strip() == roots[0]
     left = "docker ps --all --quiet | wc -l; docker volume ls --quiet | wc -l"
-    assert pod.execute("dind-daemon", "sh", "-c", left).split() == ["1", "0"], "only its own container"
+    assert pod.execute("dind-daemon", "sh", "-c", left).split() == ["1", "0"], (
+        "only its own container"
+    )
 
 
 def test_configuration_ca_login_and_proxy(
@@ -249,9 +289,15 @@ def test_configuration_ca_login_and_proxy(
 ) -> None:
     """By the ConfigMap and the Secret of the pages. What is missing is said by the flow, so one template tells."""
     name, tells = Path(store).name, template_name == "native_sidecar"
-    template = edited(template_name, "docker-sidecar", name)  # another run may have filled the store
+    template = edited(
+        template_name, "docker-sidecar", name
+    )  # another run may have filled the store
     # the Agent's NO_PROXY takes the place of the template's
-    proxy = {"HTTP_PROXY": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9", "NO_PROXY": "172.16.0.0/12"}
+    proxy = {
+        "HTTP_PROXY": "http://127.0.0.1:9",
+        "http_proxy": "http://127.0.0.1:9",
+        "NO_PROXY": "172.16.0.0/12",
+    }
     env = template["spec"]["template"]["spec"]["containers"][0]["env"]
     env += [{"name": key, "value": value} for key, value in proxy.items()]
     instead = {  # the kubectl of the tests is on the node
@@ -283,20 +329,29 @@ def test_a_container_that_asks_for_everything(submit: Submit, template_name: str
     run = submit(template_name, command=["sh", "-c", LOOK], host_config=GREEDY)
     run.container_writes("up")
     [pod] = run.pods()
-    privileged = [c.security_context.privileged for c in (*pod.spec.containers, *pod.spec.init_containers)]
+    privileged = [
+        c.security_context.privileged for c in (*pod.spec.containers, *pod.spec.init_containers)
+    ]
     assert any(privileged) is not is_sandbox
 
     logs = run.logs().splitlines()
     kernel = on_node("cat", "/proc/sys/kernel/random/boot_id")
     assert (f"kernel {kernel}" in logs) is not is_sandbox, "the node's"
     assert ("disks 0" in logs) is is_sandbox
-    assert "files /host/usr/local/bin/dockerd-entrypoint.sh" in logs, "the files are the daemon's, not the node's"
+    assert "files /host/usr/local/bin/dockerd-entrypoint.sh" in logs, (
+        "the files are the daemon's, not the node's"
+    )
     assert "processes 0 1" in logs, "so are the processes"
 
     node = on_node("readlink", "/proc/1/ns/user")
-    processes = [line.split() for line in on_node("sh", "-c", PROCESSES, pod.metadata.uid).splitlines()]
+    processes = [
+        line.split() for line in on_node("sh", "-c", PROCESSES, pod.metadata.uid).splitlines()
+    ]
     assert processes
-    rights = {tuple(process) for process in processes} - {(node, "0" * 16), ()}  # one may have ended meanwhile
+    rights = {tuple(process) for process in processes} - {
+        (node, "0" * 16),
+        (),
+    }  # one may have ended meanwhile
     assert any(user_namespace == node for user_namespace, _ in rights) is not is_sandbox, processes
 
 
@@ -333,7 +388,9 @@ def test_runs_of_all_templates_at_once(
         assert not [other for other in runs if other != text and other in run.logs()]
     for run in runs.values():
         run.wait(lambda run=run: not run.pods(), "the Agent has deleted the Job", 2 * HEARTBEAT)
-        run.wait(lambda run=run: namespace.jobs[run.record.id][-1][1] == "DELETED", "the Job is gone", 10)
+        run.wait(
+            lambda run=run: namespace.jobs[run.record.id][-1][1] == "DELETED", "the Job is gone", 10
+        )
 
 
 # Pods that end before their run does: Kubernetes does the same with the pod of each template
@@ -376,7 +433,12 @@ def test_a_pod_that_is_evicted_for_its_disk(submit: Submit) -> None:
     """kubelet looks at the disk once a minute, and gives an evicted pod no time to save."""
     template = load_job_template("native_sidecar")
     daemon_of(template)["resources"]["limits"]["ephemeral-storage"] = "1Gi"
-    run = submit(template, command=["sh", "-c", "dd if=/dev/zero of=/full bs=1M count=1200; echo full; sleep 600"])
-    run.wait(lambda: [pod.status.reason for pod in run.pods()] == ["Evicted"], "the pod is evicted", 240)
+    run = submit(
+        template,
+        command=["sh", "-c", "dd if=/dev/zero of=/full bs=1M count=1200; echo full; sleep 600"],
+    )
+    run.wait(
+        lambda: [pod.status.reason for pod in run.pods()] == ["Evicted"], "the pod is evicted", 240
+    )
     run.fails(timeout=120)
     assert run.job_ends(120)[0] == "Failed"

@@ -72,7 +72,11 @@ def test_own_template(submit: Submit, tmp_path: Path) -> None:
 
 def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
     """The image of the daemon has a docker CLI, too."""
-    text = example("docker-in-a-container").replace("docker:29-cli", DAEMON).replace("alpine:3", small_image)
+    text = (
+        example("docker-in-a-container")
+        .replace("docker:29-cli", DAEMON)
+        .replace("alpine:3", small_image)
+    )
     submit("native_sidecar", **parameters(text)).succeeds("built")
 
 
@@ -82,11 +86,21 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
     claim = yaml.safe_load(example("volume-claim"))
     claim["spec"]["storageClassName"] = name
     volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
-    volume["spec"] = {"capacity": claim["spec"]["resources"]["requests"], "accessModes": claim["spec"]["accessModes"]}
-    volume["spec"] |= {"storageClassName": name, "hostPath": {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"}}
+    volume["spec"] = {
+        "capacity": claim["spec"]["resources"]["requests"],
+        "accessModes": claim["spec"]["accessModes"],
+    }
+    volume["spec"] |= {
+        "storageClassName": name,
+        "hostPath": {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"},
+    }
     kubectl("create --filename -", yaml.safe_dump_all([volume, claim]))
     try:
-        command = ["sh", "-c", "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600"]
+        command = [
+            "sh",
+            "-c",
+            "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600",
+        ]
         binds = {"binds": ["/datasets:/datasets"]}
         template = patched(example("volume-patch"), tmp_path)
         pod = submit(template, command=command, host_config=binds).container_writes("up")
@@ -100,10 +114,16 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
 def test_a_secret_reaches_the_container_and_nothing_else(submit: Submit, tmp_path: Path) -> None:
     value = f"hunter2-{uuid.uuid4().hex}"
     readme("kubectl --namespace flows create secret generic", {"value=…": f"value={value}"})
-    run = submit(patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters")))
+    run = submit(
+        patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters"))
+    )
     run.succeeds(f"the key has {len(value)} characters")
     run.job_ends()
-    states = [state.serialized_state for each in (run.record, *run.record.task_runs) for state in each.states]
+    states = [
+        state.serialized_state
+        for each in (run.record, *run.record.task_runs)
+        for state in each.states
+    ]
     assert value not in f"{run.logs()} {run.record.parameters} {run.record.run_config} {states}"
 
 
@@ -121,19 +141,25 @@ print("all", sys.argv[1])
 def test_network_policy(submit: Submit, agent: Pod) -> None:
     """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
     name = f"probe-{uuid.uuid4().hex[:8]}"
-    kubectl(f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80")
+    kubectl(
+        f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80"
+    )
     try:
         kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
         ask = f"get pod,service {name} --output jsonpath='{{.items[0].status.podIP}} {{.items[1].spec.clusterIP}}'"
         addresses = kubectl(ask).split()
         # the policy is for runs: the Agent's pod reaches the server
-        assert "all open" in agent.execute("agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses)
+        assert "all open" in agent.execute(
+            "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses
+        )
         kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
         run = submit("native_sidecar", image=PREFECT, command=command, time_limit=120)
         run.succeeds("all closed")
     finally:
-        kubectl(f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar")
+        kubectl(
+            f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar"
+        )
 
 
 # a process that pulls an image, waits, and pulls another one
@@ -156,11 +182,20 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
 ) -> None:
     """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
     address, ca = private_image.partition("/")[0], (tmp_path / "company-ca.crt").read_text()
-    template = edited("native_sidecar", '"configMap": {"name": "docker-sidecar"', '"configMap": {"name": "with-a-ca"')
+    template = edited(
+        "native_sidecar",
+        '"configMap": {"name": "docker-sidecar"',
+        '"configMap": {"name": "with-a-ca"',
+    )
     mirror = json.dumps({"insecure-registries": [small_image.partition("/")[0]]})
-    kubectl(f"create configmap with-a-ca --from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'")
+    kubectl(
+        f"create configmap with-a-ca --from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'"
+    )
     instead = {"registry.example.com": address, "=AWS": "=user"}
-    readme("kubectl create secret docker-registry", {**instead, "password=password": "password=expired"})
+    readme(
+        "kubectl create secret docker-registry",
+        {**instead, "password=password": "password=expired"},
+    )
     for old in ("namespace: flows", "namespace: logins", "namespace flows"):
         instead[old] = old.replace(old.split()[1], namespace.name)
     *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
@@ -193,7 +228,10 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
 @pytest.mark.usefixtures("namespace")
 def test_the_stores_of_a_node_are_found(store: str) -> None:
     on_node("mkdir", "-p", f"{store}/0")
-    instead = {"node/NODE": f"node/{cluster.NODE}", "--namespace kube-system": f"--namespace {NAMESPACE}"}
+    instead = {
+        "node/NODE": f"node/{cluster.NODE}",
+        "--namespace kube-system": f"--namespace {NAMESPACE}",
+    }
     assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
 
 
@@ -204,19 +242,30 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     """By the commands of the page."""
 
     def run_says(text: str) -> None:
-        config = KubernetesRun(job_template_path="agent:///job-template/own.yaml", labels=LABELS).serialize()
-        parameters = {"image": small_image, "environment": ["TEMPLATE"], "command": ["sh", "-c", "echo $TEMPLATE"]}
+        config = KubernetesRun(
+            job_template_path="agent:///job-template/own.yaml", labels=LABELS
+        ).serialize()
+        parameters = {
+            "image": small_image,
+            "environment": ["TEMPLATE"],
+            "command": ["sh", "-c", "echo $TEMPLATE"],
+        }
         start(api, namespace, parameters=parameters, run_config=config).succeeds(text)
 
     def template(text: str) -> dict[str, str]:
         """How the commands of the page read a template that says a text."""
         job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
-        job["spec"]["template"]["spec"]["containers"][0]["env"].append({"name": "TEMPLATE", "value": text})
+        job["spec"]["template"]["spec"]["containers"][0]["env"].append(
+            {"name": "TEMPLATE", "value": text}
+        )
         literal = shlex.quote(f"--from-literal=own.yaml={yaml.safe_dump(job)}")
         return {"--from-file=job_templates/own.yaml": literal}
 
     first, second = template("the first template"), template("the second template")
-    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml", first)
+    readme(
+        "kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml",
+        first,
+    )
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
 
@@ -225,7 +274,10 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     kubectl("rollout status deployment prefect-agent --timeout=120s")
     new = namespace.pod("app=prefect-agent")
     run_says("the first template")
-    readme("kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry", second)
+    readme(
+        "kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry",
+        second,
+    )
 
     def changed() -> bool:
         # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes
@@ -243,17 +295,26 @@ def register(api: PrefectAPI, folder: Path, source: str) -> str:
     """Register a flow that starts the registered one; returns its id. It needs neither image nor Agent to run here."""
     (folder / "parent.py").write_text(source)
     home = str(folder / "home")  # of the storage
-    shell("prefect register --project containers --path parent.py", folder, **api.env, PREFECT__HOME_DIR=home)
+    shell(
+        "prefect register --project containers --path parent.py",
+        folder,
+        **api.env,
+        PREFECT__HOME_DIR=home,
+    )
     return next(reversed(api.flows))
 
 
 @contextmanager
 def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
     """A flow run's process, as an Agent would start it."""
-    environment |= {"PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"}
+    environment |= {
+        "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"
+    }
     environment |= {**api.env, "PREFECT__CONTEXT__FLOW_RUN_ID": run.record.id}
     command = [Path(sys.executable).with_name("prefect"), "execute", "flow-run"]
-    process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL
+    )
     try:
         yield
     finally:
@@ -263,7 +324,9 @@ def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
 
 def children(api: PrefectAPI, parent: Run) -> list[str]:
     """The states of the runs that a run has started."""
-    return sorted(run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-"))
+    return sorted(
+        run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-")
+    )
 
 
 def test_a_parent_on_a_schedule_ends_as_its_container_ends(
@@ -273,11 +336,16 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     parent_id = register(api, tmp_path, example("scheduled").replace("alpine:3", small_image))
     schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
     events = schedule.next(10, return_events=True)
-    assert {event.parameter_defaults["command"] for event in events} == {"echo every night", "echo every Monday"}
+    assert {event.parameter_defaults["command"] for event in events} == {
+        "echo every night",
+        "echo every Monday",
+    }
 
     fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
     no_agent = ["executed-by-the-test"]
-    good = start(api, namespace, parent_id, parameters=events[0].parameter_defaults, labels=no_agent)
+    good = start(
+        api, namespace, parent_id, parameters=events[0].parameter_defaults, labels=no_agent
+    )
     bad = start(api, namespace, parent_id, parameters=fails, labels=no_agent)
     with executing(api, good), executing(api, bad):
         good.succeeds(events[0].parameter_defaults["command"].removeprefix("echo "))
@@ -290,7 +358,9 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
 def slack() -> Iterator[HTTPServer]:
     class Slack(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            self.server.messages.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+            self.server.messages.append(
+                self.rfile.read(int(self.headers["Content-Length"])).decode()
+            )
             self.send_response(200)
             self.end_headers()
 
@@ -302,7 +372,12 @@ def slack() -> Iterator[HTTPServer]:
 
 
 def test_a_parent_with_retries_notification_and_results(
-    api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, slack: HTTPServer, tmp_path: Path
+    api: PrefectAPI,
+    deployment: None,
+    small_image: str,
+    namespace: Namespace,
+    slack: HTTPServer,
+    tmp_path: Path,
 ) -> None:
     """Two containers, one of which always fails: it is tried in two runs, and is told of once."""
     fails = '{"image": "alpine:3", "command": ["sh", "-c", "exit 3"]}'
@@ -315,7 +390,11 @@ def test_a_parent_with_retries_notification_and_results(
     with executing(api, run, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
         run.fails(timeout=240)  # the total misses one of its two
     assert children(api, run) == ["Failed", "Failed", "Success"], run.record
-    results = {each.map_index: each.state for each in run.record.task_runs if "run_container" in each.task.slug}
+    results = {
+        each.map_index: each.state
+        for each in run.record.task_runs
+        if "run_container" in each.task.slug
+    }
     assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, run.record
     [message] = slack.messages
     assert "exited with code 3" in message
@@ -325,7 +404,9 @@ SOURCES = {
     "two_containers": example("two-containers"),
     "build_and_run": example("build-and-run"),
     "parallel": example("parallel"),
-    "parallel_processes": replaced(example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}),
+    "parallel_processes": replaced(
+        example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}
+    ),
 }
 IMPORTS = """
 from prefect.run_configs import KubernetesRun
@@ -333,28 +414,42 @@ from prefect.storage import Docker
 from flows.settings import PROJECT, Settings, load_job_template
 settings = Settings.from_environ()
 """
-RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][SOURCES["two_containers"].index("flow.run_config") :]
+RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][
+    SOURCES["two_containers"].index("flow.run_config") :
+]
 
 
 @pytest.mark.timeout(500)
 def test_own_flows_in_a_repository_of_their_own(
     api: PrefectAPI, deployment: None, namespace: Namespace, small_image: str, tmp_path: Path
 ) -> None:
-    shell(example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path)
+    shell(
+        example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path
+    )
     for module, source in SOURCES.items():
         if "flow.run_config" not in source:
             end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
             source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
         # a tag that the node has not pulled
-        (tmp_path / "flows" / f"{module}.py").write_text(source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"'))
+        (tmp_path / "flows" / f"{module}.py").write_text(
+            source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"')
+        )
     modules = " ".join(f"-m flows.{module}" for module in SOURCES)
     register = example("register-own").replace("-m flows.two_containers", modules)
     shell(register, tmp_path, **api.env, FLOW_REGISTRY_URL=REGISTRY)
     ids = [*api.flows][-len(SOURCES) :]
-    runs = {name: start(api, namespace, id, parameters={"image": small_image}) for name, id in zip(SOURCES, ids)}
+    runs = {
+        name: start(api, namespace, id, parameters={"image": small_image})
+        for name, id in zip(SOURCES, ids)
+    }
     for run in runs.values():
         run.succeeds()
         assert run.job_ends()[0] == "Complete"
     runs["build_and_run"].logged("hello from an image that this run has built")
-    for word in ("apple", "pear", "plum", "cherry"):  # worker processes may end before they have sent their logs
+    for word in (
+        "apple",
+        "pear",
+        "plum",
+        "cherry",
+    ):  # worker processes may end before they have sent their logs
         runs["parallel"].logged(f"hello {word}")

@@ -34,7 +34,10 @@ def place(namespace: Namespace) -> Iterator[str]:
         rbac = RBAC.read_text().replace("namespace: default", f"namespace: {name}")
         shell(f"kubectl create --namespace {name} --filename -", stdin=rbac)
         accounts = namespace.core.list_namespaced_service_account
-        wait_for(lambda: accounts(name).items, f"{name} has a ServiceAccount, without which it admits no pod")
+        wait_for(
+            lambda: accounts(name).items,
+            f"{name} has a ServiceAccount, without which it admits no pod",
+        )
         yield name
     finally:
         namespace.core.delete_namespace(name)
@@ -47,19 +50,26 @@ def put(place: str, kind: str, name: str = "docker-sidecar", **fields: Any) -> N
 
 
 @pytest.fixture
-def check(place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Check:
+def check(
+    place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Check:
     """Run all checks, of which those of these names shall be wrong; returns all that is said."""
     ours = {"NAMESPACE": place, "SERVICE_ACCOUNT": "default", "PROJECT": "containers"}
 
     def check(*wrong: str, **environment: str) -> str:
         with monkeypatch.context() as patch, suppress(SystemExit):
-            patch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(cluster.KUBECONFIG))
+            patch.setattr(
+                "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION",
+                str(cluster.KUBECONFIG),
+            )
             for name, value in {**ours, **environment}.items():
                 patch.setenv(name, value)
             with set_temporary_config({"backend": "server", "cloud.api": api.url}):
                 preflight.main()
         said = capsys.readouterr().out
-        assert {line[13:30].strip() for line in said.splitlines() if line.startswith("wrong ")} == {*wrong}, said
+        assert {line[13:30].strip() for line in said.splitlines() if line.startswith("wrong ")} == {
+            *wrong
+        }, said
         return said
 
     return check
@@ -78,10 +88,16 @@ def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: 
     auths = {"a.example": login(), "b.example": {"username": "u", "password": "p"}}
     logins = {".dockerconfigjson": json.dumps({"auths": auths})}
     put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
-    put(place, "ConfigMap", data={"daemon.json": '{"mtu": 1400}', "ca.crt": "-----BEGIN CERTIFICATE-----\n"})
+    put(
+        place,
+        "ConfigMap",
+        data={"daemon.json": '{"mtu": 1400}', "ca.crt": "-----BEGIN CERTIFICATE-----\n"},
+    )
     for name in templates:
         said = check(JOB_TEMPLATE=name)
-        others = [line for line in said.splitlines() if line[13:30].strip() != "Agent"]  # this place has none
+        others = [
+            line for line in said.splitlines() if line[13:30].strip() != "Agent"
+        ]  # this place has none
         assert {line.split()[0] for line in others} == {"fine"}, said
         assert f"system:serviceaccount:{place}:default may create jobs" in said
         assert "docker-sidecar has logins for a.example, b.example" in said
@@ -92,7 +108,10 @@ def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: 
 
 def test_no_namespace_and_no_project(check: Check) -> None:
     said = check("namespace", "Prefect", NAMESPACE="tests-nowhere", PROJECT="not there")
-    assert "there is no 'tests-nowhere' → kubectl create namespace tests-nowhere && kubectl label" in said
+    assert (
+        "there is no 'tests-nowhere' → kubectl create namespace tests-nowhere && kubectl label"
+        in said
+    )
     assert said.count("because of the namespace") == 4
     assert said.count("because of the Job") == 1
     assert "no project 'not there' → prefect create project \"not there\"" in said
@@ -109,7 +128,10 @@ def test_the_agent_lacks_rights(check: Check, place: str, namespace: Namespace) 
     ask = f"kubectl auth can-i list events --namespace {place} --as system:serviceaccount:{place}:default || true"
     wait_for(lambda: "no" in shell(ask), "the role has changed")
     said = check("Agent's rights")
-    assert f"may not delete jobs, list events → kubectl create role agent --namespace {place} --verb=create" in said
+    assert (
+        f"may not delete jobs, list events → kubectl create role agent --namespace {place} --verb=create"
+        in said
+    )
 
 
 def test_the_config_map(check: Check, place: str, templates: list[str]) -> None:
@@ -119,16 +141,28 @@ def test_the_config_map(check: Check, place: str, templates: list[str]) -> None:
         assert "the daemon.json of docker-sidecar is not a JSON object" in said
         assert f"→ kubectl edit configmap docker-sidecar --namespace {place}" in said
     # dockerd does not start if a flag names what its configuration names
-    options = {"hosts": "x", "data-root": "x", "log-driver": "x", "log-opts": {"max-size": "1m"}, "mtu": 1400}
+    options = {
+        "hosts": "x",
+        "data-root": "x",
+        "log-driver": "x",
+        "log-opts": {"max-size": "1m"},
+        "mtu": 1400,
+    }
     put(place, "ConfigMap", data={"daemon.json": json.dumps(options)})
     for name in templates:
         said = check("ConfigMap", JOB_TEMPLATE=name)
-        assert "docker-sidecar sets data-root, hosts, log-driver, which the job template sets" in said
+        assert (
+            "docker-sidecar sets data-root, hosts, log-driver, which the job template sets" in said
+        )
 
 
 def test_a_secret_without_logins(check: Check, place: str, namespace: Namespace) -> None:
     """`docker login` with a credential store leaves neither auth nor a password."""
-    auths = {"good.example": login(), "empty.example": {}, "half.example": {"username": "u", "password": ""}}
+    auths = {
+        "good.example": login(),
+        "empty.example": {},
+        "half.example": {"username": "u", "password": ""},
+    }
     logins = {".dockerconfigjson": json.dumps({"auths": auths})}
     put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
     said = check("Secret")
@@ -139,19 +173,27 @@ def test_a_secret_without_logins(check: Check, place: str, namespace: Namespace)
     assert f"kubectl create secret docker-registry docker-sidecar --namespace {place}" in said
 
 
-def test_quota_and_pod_security(check: Check, place: str, namespace: Namespace, templates: list[str]) -> None:
+def test_quota_and_pod_security(
+    check: Check, place: str, namespace: Namespace, templates: list[str]
+) -> None:
     put(place, "ResourceQuota", "none", spec={"hard": {"pods": "0"}})
     read = namespace.core.read_namespaced_resource_quota
     wait_for(lambda: read("none", place).status.hard, "the quota is in force")
     said = check("Job")
-    assert "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0 → use another NAMESPACE" in said
+    assert (
+        "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0 → use another NAMESPACE"
+        in said
+    )
 
     labels = {"pod-security.kubernetes.io/enforce": "baseline"}
     namespace.core.patch_namespace(place, {"metadata": {"labels": labels}})
     for name in templates:
         said = check("Job", JOB_TEMPLATE=name)
         assert 'violates PodSecurity "baseline' in said
-        assert f"→ kubectl label --overwrite namespace {place} pod-security.kubernetes.io/enforce=privileged" in said
+        assert (
+            f"→ kubectl label --overwrite namespace {place} pod-security.kubernetes.io/enforce=privileged"
+            in said
+        )
 
 
 def test_what_the_api_server_refuses(check: Check, tmp_path: Path) -> None:
@@ -161,22 +203,37 @@ def test_what_the_api_server_refuses(check: Check, tmp_path: Path) -> None:
         ('"name": "prefect-docker-job"', '"name": "a", "namespace": "default"', "namespace"),
         ('"name": "prefect-docker-job"', '"name": "My_Job"', "My_Job"),
         # what is no daemon
-        ('"securityContext": {"privileged": true}', '"securityContext": "privileged"', "SecurityContext"),
+        (
+            '"securityContext": {"privileged": true}',
+            '"securityContext": "privileged"',
+            "SecurityContext",
+        ),
         ('"image":', '"args": 5, "image":', "args"),
-        ('"name": "flow-container"', '"name": "a", "gpu": {}', 'unknown field "spec.template.spec.containers[0]'),
+        (
+            '"name": "flow-container"',
+            '"name": "a", "gpu": {}',
+            'unknown field "spec.template.spec.containers[0]',
+        ),
     ):
         said = check("Job", JOB_TEMPLATE=own(tmp_path, edited("docker_sidecar", old, new)))
         assert seen in said
         assert "→ correct the template (JOB_TEMPLATE)" in said
-    nowhere = edited("docker_sidecar", '"restartPolicy"', '"runtimeClassName": "not-there", "restartPolicy"')
+    nowhere = edited(
+        "docker_sidecar", '"restartPolicy"', '"runtimeClassName": "not-there", "restartPolicy"'
+    )
     said = check("Job", JOB_TEMPLATE=own(tmp_path, nowhere))
-    assert 'RuntimeClass "not-there" not found → install its runtime, or use another JOB_TEMPLATE' in said
+    assert (
+        'RuntimeClass "not-there" not found → install its runtime, or use another JOB_TEMPLATE'
+        in said
+    )
 
 
 def test_a_job_that_goes_too_soon(check: Check, tmp_path: Path) -> None:
     for seconds, wrong in ((0, ["Job"]), (119, ["Job"]), (120, [])):
         ttl = f'"ttlSecondsAfterFinished": {seconds}, "backoffLimit"'
-        said = check(*wrong, JOB_TEMPLATE=own(tmp_path, edited("docker_sidecar", '"backoffLimit"', ttl)))
+        said = check(
+            *wrong, JOB_TEMPLATE=own(tmp_path, edited("docker_sidecar", '"backoffLimit"', ttl))
+        )
         assert (f"ttlSecondsAfterFinished is {seconds}" in said) == bool(wrong)
 
 
@@ -193,7 +250,12 @@ def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path:
     changed = own(tmp_path, template)
     put(place, "Secret", "another", stringData={"other": "x"})
     said = check("needed objects", JOB_TEMPLATE=changed)
-    for words in ("secret gone", "key token of secret another", "configmap settings", "persistentvolumeclaim data"):
+    for words in (
+        "secret gone",
+        "key token of secret another",
+        "configmap settings",
+        "persistentvolumeclaim data",
+    ):
         assert words in said
     assert "maybe" not in said
     for name in ("gone", "another"):
@@ -207,5 +269,7 @@ def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path:
 def test_what_is_not_understood_is_not_judged(check: Check, tmp_path: Path) -> None:
     """A daemon by another command, and without privileges, as sysbox runs it."""
     template = load_job_template("docker_sidecar")
-    daemon_of(template).update(command=["dockerd", "--host=tcp://localhost:2375"], securityContext={})
+    daemon_of(template).update(
+        command=["dockerd", "--host=tcp://localhost:2375"], securityContext={}
+    )
     check(JOB_TEMPLATE=own(tmp_path, template))

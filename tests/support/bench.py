@@ -39,7 +39,11 @@ def spread(values: list[float]) -> str:
 
 def table(*rows: list[str]) -> list[str]:
     """A table in Markdown, with an empty line before and after it; the first row is its head."""
-    return ["", *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]), ""]
+    return [
+        "",
+        *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]),
+        "",
+    ]
 
 
 def publish(title: str, targets: Sequence[tuple[str, float, float, str]], *lines: str) -> None:
@@ -60,5 +64,6 @@ def publish(title: str, targets: Sequence[tuple[str, float, float, str]], *lines
         "What a run costs, as `make bench` measured it: first in short, then medians with the range.",
     ]
     PAGE.write_text(
-        "\n".join([*head, *table(*rows), *page]).replace("\n\n\n", "\n\n").rstrip() + "\n", encoding="utf-8"
+        "\n".join([*head, *table(*rows), *page]).replace("\n\n\n", "\n\n").rstrip() + "\n",
+        encoding="utf-8",
     )

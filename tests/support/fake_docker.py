@@ -13,7 +13,9 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ID = "c0ffee" * 10
-Item = bytes | Callable[[], Any]  # bytes to send, or something to do or to wait for before the next item
+Item = (
+    bytes | Callable[[], Any]
+)  # bytes to send, or something to do or to wait for before the next item
 
 
 def frame(stream: int, data: bytes) -> bytes:
@@ -30,11 +32,17 @@ class FakeDocker(ThreadingHTTPServer):
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"tcp://127.0.0.1:{self.server_port}"
-        self.requests: list[tuple[str, dict[str, str]]] = []  # such as ("POST /images/create", {"tag": "1"})
-        self.pull: Iterable[Any] = [{"status": "Status: Image is up to date for app:1"}]  # events, or callables
+        self.requests: list[
+            tuple[str, dict[str, str]]
+        ] = []  # such as ("POST /images/create", {"tag": "1"})
+        self.pull: Iterable[Any] = [
+            {"status": "Status: Image is up to date for app:1"}
+        ]  # events, or callables
         self.refusal: tuple[str, int] | None = None  # of a pull: words, and the status
         self.images: set[str] = set()  # that the daemon has
-        self.streams: list[Iterable[Item]] = [[]]  # of output: the first request gets the first one, and so on
+        self.streams: list[Iterable[Item]] = [
+            []
+        ]  # of output: the first request gets the first one, and so on
         self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
         self.end: Iterable[Item] = []  # of the output, when it is asked for without "follow"
         self.exited = threading.Event()
@@ -44,7 +52,9 @@ class FakeDocker(ThreadingHTTPServer):
         self.closing = threading.Event()
 
     def __enter__(self) -> "FakeDocker":
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        ).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -66,7 +76,10 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         path = url.path.replace("/v1.44", "").replace(f"/{ID}", "")
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request, query = f"{self.command} {path}", {key: value[0] for key, value in parse_qs(url.query).items()}
+        request, query = (
+            f"{self.command} {path}",
+            {key: value[0] for key, value in parse_qs(url.query).items()},
+        )
         fake = self.server
         login = base64.urlsafe_b64decode(self.headers.get("X-Registry-Auth") or "").decode()
         gone = fake.gone and path.startswith("/containers")
@@ -77,11 +90,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.json(*fake.version)
         elif path.startswith("/images/") and path.endswith("/json"):
             name = unquote(path).removeprefix("/images/").removesuffix("/json")
-            self.json(*(({"Id": "1"}, 200) if name in fake.images else ({"message": f"No such image: {name}"}, 404)))
+            self.json(
+                *(
+                    ({"Id": "1"}, 200)
+                    if name in fake.images
+                    else ({"message": f"No such image: {name}"}, 404)
+                )
+            )
         elif path == "/images/create" and fake.refusal:
             self.json({"message": fake.refusal[0]}, fake.refusal[1])
         elif path == "/images/create":
-            self.stream(item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull)
+            self.stream(
+                item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull
+            )
         elif path == "/containers/create":
             self.json({"Id": ID}, 201)
         elif path == "/containers/json":

@@ -10,16 +10,24 @@ from prefect.cli.run import load_json_key_values
 from flows.settings import PROJECT
 
 PATHS = [PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(PROJECT.glob("docs/*.md"))]
-PAGES = {path: MarkdownIt().enable("table").parse(path.read_text(encoding="utf-8")) for path in PATHS}
+PAGES = {
+    path: MarkdownIt().enable("table").parse(path.read_text(encoding="utf-8")) for path in PATHS
+}
 QUOTED = r"""'[^']*'|"(?:\\[\s\S]|[^"\\])*"|\\[\s\S]"""  # '…', "…", or a backslash and what follows
-LINE = re.compile(rf"(?:{QUOTED}|[^\n])+\n?")  # as a shell reads it: what is quoted may go on to the next line
+LINE = re.compile(
+    rf"(?:{QUOTED}|[^\n])+\n?"
+)  # as a shell reads it: what is quoted may go on to the next line
 
 
 def blocks() -> list[tuple[str, str, str]]:
     """Language, name and text of each code block; `<!-- example: NAME -->` on the line before it gives the name."""
     pairs = [pair for tokens in PAGES.values() for pair in zip([tokens[0], *tokens], tokens)]
     name = re.compile(r"<!-- example: (\S+) -->\s*$")
-    return [(it.info, "".join(name.findall(before.content)), it.content) for before, it in pairs if it.type == "fence"]
+    return [
+        (it.info, "".join(name.findall(before.content)), it.content)
+        for before, it in pairs
+        if it.type == "fence"
+    ]
 
 
 def split(text: str) -> list[str]:
@@ -43,14 +51,25 @@ def console() -> dict[str, list[str]]:
 
 def commands() -> list[str]:
     """All commands: those in console blocks, and each `make TARGET` in the text."""
-    inline = [part for tokens in PAGES.values() for token in tokens for part in token.children or []]
-    return [*console(), *(p.content for p in inline if p.type == "code_inline" and re.match("make [a-z]", p.content))]
+    inline = [
+        part for tokens in PAGES.values() for token in tokens for part in token.children or []
+    ]
+    return [
+        *console(),
+        *(
+            p.content
+            for p in inline
+            if p.type == "code_inline" and re.match("make [a-z]", p.content)
+        ),
+    ]
 
 
 def command(start: str) -> str:
     """The one command that is this, or starts like this."""
     found = {command for command in commands() if command.startswith(start)}
-    assert start in found or len(found) == 1, f"{len(found)} commands on the pages start with {start!r}: {found}"
+    assert start in found or len(found) == 1, (
+        f"{len(found)} commands on the pages start with {start!r}: {found}"
+    )
     return start if start in found else found.pop()
 
 

@@ -68,8 +68,19 @@ type queue { flow_run_ids: [ID!] }
 """
 SCHEMA = build_schema(f"{TYPES} {INPUTS} type Mutation {{ {FIELDS} }}")
 
-SCHEDULED = ["Scheduled", "Resume", "Retrying", "Paused", "Queued"]  # what an agent may take, when it is due
-RESTARTED = ["Failed", "TimedOut", "TriggerFailed", "Cancelled"]  # the tasks that the button of the UI resets
+SCHEDULED = [
+    "Scheduled",
+    "Resume",
+    "Retrying",
+    "Paused",
+    "Queued",
+]  # what an agent may take, when it is due
+RESTARTED = [
+    "Failed",
+    "TimedOut",
+    "TriggerFailed",
+    "Cancelled",
+]  # the tasks that the button of the UI resets
 LEVELS = ["NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 BODY_LIMIT = 5 * 1024 * 1024  # bytes
 NUL_REFUSED = "unsupported Unicode escape sequence"
@@ -97,7 +108,9 @@ OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-def select(rows: list[Any], where: Any = None, order_by: Any = None, limit: int | None = None) -> list[Any]:
+def select(
+    rows: list[Any], where: Any = None, order_by: Any = None, limit: int | None = None
+) -> list[Any]:
     """The rows that pass the filter, in the order asked for, at most `limit` of them."""
     found = [row for row in rows if matches(row, where or {})]
     for column, direction in reversed((order_by or {}).items()):
@@ -119,7 +132,9 @@ def _passes(value: Any, key: str, operand: Any) -> bool:
         return (all if key == "_and" else any)([matches(value, where) for where in wheres])
     if key in OPERATORS:
         operand = time_of(operand) if isinstance(value, datetime) else operand
-        return value is not None and OPERATORS[key](value, operand)  # as in SQL, null equals nothing
+        return value is not None and OPERATORS[key](
+            value, operand
+        )  # as in SQL, null equals nothing
     if key.startswith("_"):
         raise NotImplementedError(f"operator {key}")
     if key == "id" or key.endswith("_id"):
@@ -160,8 +175,13 @@ class Run:
     updated = property(lambda self: self.states[-1].timestamp)
 
     def enter(self, state: State) -> None:
-        entry = SimpleNamespace(timestamp=time_of(None), state=type(state).__name__, message=state.message)
-        entry.start_time, entry.serialized_state = getattr(state, "start_time", None), state.serialize()
+        entry = SimpleNamespace(
+            timestamp=time_of(None), state=type(state).__name__, message=state.message
+        )
+        entry.start_time, entry.serialized_state = (
+            getattr(state, "start_time", None),
+            state.serialize(),
+        )
         self.states.append(entry)
 
 
@@ -194,13 +214,19 @@ class FlowRun(Run):
     @property
     def task_states(self) -> dict[str, str]:
         """The state of each task by its slug; of the children of a mapped task by slug[0], slug[1], ..."""
-        return {r.task.slug + (f"[{r.map_index}]" if r.map_index >= 0 else ""): r.state for r in self.task_runs}
+        return {
+            r.task.slug + (f"[{r.map_index}]" if r.map_index >= 0 else ""): r.state
+            for r in self.task_runs
+        }
 
     def __str__(self) -> str:
         """What the run has been through, for a test that gives up on it."""
         events = [(entry.timestamp, entry.state, entry.message) for entry in self.states]
         events += [(log.timestamp, log.level, log.message) for log in self.logs]
-        lines = [f"{time:%H:%M:%S.%f} {kind}: {message}" for time, kind, message in sorted(events, key=lambda e: e[0])]
+        lines = [
+            f"{time:%H:%M:%S.%f} {kind}: {message}"
+            for time, kind, message in sorted(events, key=lambda e: e[0])
+        ]
         return "\n".join([f"flow run {self.name} {self.task_states}", *lines])
 
     def add_task_run(self, task: SimpleNamespace, map_index: int = -1) -> TaskRun:
@@ -225,7 +251,9 @@ class Store:
 
     flow = property(lambda self: list(self.flows.values()))
     flow_run = property(lambda self: list(self.flow_runs.values()))
-    task_run = property(lambda self: [task_run for run in self.flow_run for task_run in run.task_runs])
+    task_run = property(
+        lambda self: [task_run for run in self.flow_run for task_run in run.task_runs]
+    )
 
     def flow_run_by_pk(self, id: str) -> Any:
         check_ids(id)
@@ -240,7 +268,9 @@ class Store:
 
     def create_project(self, name: str, **_: Any) -> Any:
         if select(self.project, {"name": {"_eq": name}}):
-            raise RefusedError("Uniqueness violation.")  # the words that the client takes for "there already"
+            raise RefusedError(
+                "Uniqueness violation."
+            )  # the words that the client takes for "there already"
         self.project.append(SimpleNamespace(id=new_id(), name=name))
         return self.project[-1]
 
@@ -252,11 +282,24 @@ class Store:
         if NUL.search(json.dumps(serialized_flow)):
             raise RefusedError(NUL_REFUSED)
         project = self._find(self.project, project_id, "Invalid project")
-        versions = [f for f in self.flow if f.project is project and f.name == serialized_flow["name"]]
-        if versions and idempotency_key and versions[-1].flow_group.idempotency_key == idempotency_key:
+        versions = [
+            f for f in self.flow if f.project is project and f.name == serialized_flow["name"]
+        ]
+        if (
+            versions
+            and idempotency_key
+            and versions[-1].flow_group.idempotency_key == idempotency_key
+        ):
             return versions[-1]
-        flow = SimpleNamespace(environment=None, settings={}, created=time_of(None), **serialized_flow)
-        flow.id, flow.version, flow.archived, flow.project = new_id(), len(versions) + 1, False, project
+        flow = SimpleNamespace(
+            environment=None, settings={}, created=time_of(None), **serialized_flow
+        )
+        flow.id, flow.version, flow.archived, flow.project = (
+            new_id(),
+            len(versions) + 1,
+            False,
+            project,
+        )
         flow.flow_group = versions[-1].flow_group if versions else SimpleNamespace(labels=None)
         flow.flow_group.idempotency_key = idempotency_key
         flow.core_version, flow.serialized_flow = serialized_flow["__version__"], serialized_flow
@@ -272,8 +315,13 @@ class Store:
     def register_tasks(self, flow_id: str, serialized_tasks: list[dict[str, Any]]) -> Any:
         """Add tasks to a flow: `Flow.register()` sends them apart from it, `prefect register` does not."""
         flow = self._find(self.flow, flow_id, "Invalid flow ID")
-        known, slugs = {task.slug for task in flow.tasks}, [task["slug"] for task in serialized_tasks]
-        flow.tasks += [SimpleNamespace(id=new_id(), slug=slug) for slug in slugs if slug not in known]
+        known, slugs = (
+            {task.slug for task in flow.tasks},
+            [task["slug"] for task in serialized_tasks],
+        )
+        flow.tasks += [
+            SimpleNamespace(id=new_id(), slug=slug) for slug in slugs if slug not in known
+        ]
         return self.success
 
     def _ignore(self, **_: Any) -> Any:
@@ -286,7 +334,12 @@ class Store:
         return self.success
 
     def create_flow_run(
-        self, flow_id: str, labels: Any = None, parameters: Any = None, run_config: Any = None, **more: Any
+        self,
+        flow_id: str,
+        labels: Any = None,
+        parameters: Any = None,
+        run_config: Any = None,
+        **more: Any,
     ) -> Any:
         """Schedule a run, for now if no time is given."""
         flow = self._find(self.flow, flow_id, "Flow not found:")
@@ -317,13 +370,22 @@ class Store:
         """Add a state to each run, or refuse to with the words that the Agent knows such a refusal by."""
         done = []
         for item in states:
-            run_id, state = item.get("flow_run_id") or item["task_run_id"], State.deserialize(item["state"])
-            run = self._find([*self.flow_run, *self.task_run], run_id, "State update failed for run ID")
+            run_id, state = (
+                item.get("flow_run_id") or item["task_run_id"],
+                State.deserialize(item["state"]),
+            )
+            run = self._find(
+                [*self.flow_run, *self.task_run], run_id, "State update failed for run ID"
+            )
             if isinstance(run, TaskRun) and state.is_running() and run.flow_run.state != "Running":
-                raise RefusedError(f"State update failed for run ID {run_id}: its flow run is not running")
+                raise RefusedError(
+                    f"State update failed for run ID {run_id}: its flow run is not running"
+                )
             just_now = run.updated > time_of(None) - timedelta(seconds=30)
             if state.is_submitted() and run.state == "Submitted" and just_now:
-                raise RefusedError(f"State update failed for run ID {run_id}: it has already been submitted")
+                raise RefusedError(
+                    f"State update failed for run ID {run_id}: it has already been submitted"
+                )
             self.enter(run, state)
             done.append(SimpleNamespace(id=run_id, status="SUCCESS", message=None))
         return SimpleNamespace(states=done)
@@ -333,7 +395,9 @@ class Store:
     def enter(self, run: Run, state: State) -> None:
         """Let a run enter a state, and the unfinished tasks of a cancelled run with it."""
         run.enter(state)
-        for task_run in run.task_runs if isinstance(run, FlowRun) and isinstance(state, Cancelled) else []:
+        for task_run in (
+            run.task_runs if isinstance(run, FlowRun) and isinstance(state, Cancelled) else []
+        ):
             if not State.deserialize(task_run.serialized_state).is_finished():
                 task_run.enter(state)
 
@@ -354,7 +418,9 @@ class Store:
             if log["level"] not in LEVELS:
                 raise RefusedError(f"invalid input value for enum log_level: {log['level']!r}")
             time = time_of(log.get("timestamp"))
-            run.logs.append(SimpleNamespace(timestamp=time, level=log["level"], message=log.get("message")))
+            run.logs.append(
+                SimpleNamespace(timestamp=time, level=log["level"], message=log.get("message"))
+            )
         return self.success
 
     def register_agent(self, name: str, labels: list[str], **_: Any) -> Any:
@@ -364,9 +430,15 @@ class Store:
     def get_runs_in_queue(self, before: str, labels: list[str], **_: Any) -> Any:
         """The runs that are due, or running with a task due again, and that fit the agent's labels."""
         due = {"state": {"_in": SCHEDULED}, "state_start_time": {"_lte": before}}
-        runs = select(self.flow_run, {"_or": [due, {"state": {"_eq": "Running"}, "task_runs": due}]})
+        runs = select(
+            self.flow_run, {"_or": [due, {"state": {"_eq": "Running"}, "task_runs": due}]}
+        )
         # An agent with labels takes runs with some of these and no other; one without, runs without.
-        fit = [run.id for run in runs if set(run.labels) <= set(labels) and bool(run.labels) == bool(labels)]
+        fit = [
+            run.id
+            for run in runs
+            if set(run.labels) <= set(labels) and bool(run.labels) == bool(labels)
+        ]
         return SimpleNamespace(flow_run_ids=fit[:25])
 
 
@@ -383,14 +455,18 @@ class PrefectAPI(ThreadingHTTPServer):
             "PREFECT__USER_CONFIG_PATH": os.devnull,
             "PREFECT__BACKEND_CONFIG_PATH": os.devnull,
         }
-        self.errors: list[str] = []  # what was asked for and is not understood: a test wants this empty
+        self.errors: list[
+            str
+        ] = []  # what was asked for and is not understood: a test wants this empty
         self._store = Store()
         self.flows = self._store.flows
         self.flow_runs = self._store.flow_runs
         self._lock = threading.Lock()  # requests are answered one at a time
 
     def __enter__(self) -> "PrefectAPI":
-        threading.Thread(target=self.serve_forever, args=[0.02], daemon=True).start()  # so long shutdown() may take
+        threading.Thread(
+            target=self.serve_forever, args=[0.02], daemon=True
+        ).start()  # so long shutdown() may take
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -421,7 +497,11 @@ class PrefectAPI(ThreadingHTTPServer):
             run = self.flow_runs[flow_run_id]
             for task_run in run.task_runs:
                 if task_run.state == "Running":
-                    task_run.enter(Failed("No heartbeat detected from the remote task; marking the run as failed."))
+                    task_run.enter(
+                        Failed(
+                            "No heartbeat detected from the remote task; marking the run as failed."
+                        )
+                    )
             waiting = {task_run.state for task_run in run.task_runs} & {*SCHEDULED}
             if run.state in ("Submitted", "Running") and not waiting:
                 run.enter(Scheduled("Rescheduled by a Lazarus process."))
@@ -436,7 +516,9 @@ class PrefectAPI(ThreadingHTTPServer):
         with self._lock:
             for agent in self._store.agent:
                 agent.last_queried = time_of(None) if agent.id == agent_id else agent.last_queried
-            result = graphql_sync(SCHEMA, request["query"], self._store, None, json.loads(variables), None, resolve)
+            result = graphql_sync(
+                SCHEMA, request["query"], self._store, None, json.loads(variables), None, resolve
+            )
             for error in result.errors or []:
                 if not isinstance(error.original_error, RefusedError):
                     self.errors.append(f"{error.message} in {request}")
@@ -449,7 +531,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body, status, answer = self.rfile.read(int(self.headers["Content-Length"])), 413, None
         if len(body) <= BODY_LIMIT:
-            status, answer = self.server.answer(json.loads(body), self.headers["X-PREFECT-AGENT-ID"])
+            status, answer = self.server.answer(
+                json.loads(body), self.headers["X-PREFECT-AGENT-ID"]
+            )
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()

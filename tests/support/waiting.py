@@ -7,7 +7,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], T], what: str, seen: Callable[[], object] = lambda: "", timeout: float = 30) -> T:
+def wait_for(
+    condition: Callable[[], T],
+    what: str,
+    seen: Callable[[], object] = lambda: "",
+    timeout: float = 30,
+) -> T:
     """Wait until a condition holds, and return what it returned. After `timeout` seconds fail, with what is seen."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

@@ -54,7 +54,11 @@ def docker_context(monkeypatch: pytest.MonkeyPatch, folder: Path, host: str) -> 
     meta = folder / "contexts" / "meta" / hashlib.sha256(b"colima").hexdigest()
     meta.mkdir(parents=True)
     (folder / "config.json").write_text('{"currentContext": "colima"}')
-    content = {"Name": "colima", "Metadata": {}, "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}}}
+    content = {
+        "Name": "colima",
+        "Metadata": {},
+        "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}},
+    }
     (meta / "meta.json").write_text(json.dumps(content))
     monkeypatch.delenv("DOCKER_HOST")
 

@@ -16,9 +16,12 @@ TASKS = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 
 
 @pytest.mark.parametrize(
-    ("value", "url"), [(None, "tcp://localhost:2375"), ("", "tcp://localhost:2375"), ("unix:///a", "unix:///a")]
+    ("value", "url"),
+    [(None, "tcp://localhost:2375"), ("", "tcp://localhost:2375"), ("unix:///a", "unix:///a")],
 )
-def test_the_daemon_is_the_recipes_or_docker_hosts(monkeypatch: pytest.MonkeyPatch, value: str, url: str) -> None:
+def test_the_daemon_is_the_recipes_or_docker_hosts(
+    monkeypatch: pytest.MonkeyPatch, value: str, url: str
+) -> None:
     monkeypatch.delenv("DOCKER_HOST")
     if value is not None:
         monkeypatch.setenv("DOCKER_HOST", value)
@@ -28,7 +31,9 @@ def test_the_daemon_is_the_recipes_or_docker_hosts(monkeypatch: pytest.MonkeyPat
 
 def test_settings_reach_the_flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     template = tmp_path / "own.yaml"
-    template.write_text((JOB_TEMPLATES / "docker_sidecar.yaml").read_text().replace("prefect-docker-job", "own"))
+    template.write_text(
+        (JOB_TEMPLATES / "docker_sidecar.yaml").read_text().replace("prefect-docker-job", "own")
+    )
     for name, value in {
         "FLOW_REGISTRY_URL": "localhost:5000",
         "FLOW_IMAGE_NAME": "team/flow",
@@ -43,15 +48,22 @@ def test_settings_reach_the_flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert flow.run_config.job_template["metadata"]["name"] == "own"
 
 
-def test_the_cli_finds_the_flow_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cli_finds_the_flow_from_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.chdir(PROJECT)
-    found = [*load_flows_from_script("flows/docker_sidecar.py"), *load_flows_from_module("flows.docker_sidecar")]
+    found = [
+        *load_flows_from_script("flows/docker_sidecar.py"),
+        *load_flows_from_module("flows.docker_sidecar"),
+    ]
     monkeypatch.chdir(tmp_path)
     found += load_flows_from_script(str(SCRIPT))
     assert [flow.name for flow in found] == ["Docker sidecar example"] * 3
 
 
-def test_invalid_parameters_fail_before_anything_starts(flow: Flow, caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_parameters_fail_before_anything_starts(
+    flow: Flow, caplog: pytest.LogCaptureFixture
+) -> None:
     state = flow.run(parameters={"image": "app:1", "time_limit": 0})
     assert type(state) is Failed
     assert state.message.startswith("time_limit is 0; give the seconds")
@@ -64,9 +76,17 @@ def test_without_a_daemon_the_run_fails_with_that_cause(
     monkeypatch.setattr("flows.daemon.DAEMON_SECONDS", 0.2)
     state = flow.run()
     states = {task.name: result for task, result in state.result.items()}
-    assert [type(states[name]) for name in TASKS] == [Failed, TriggerFailed, TriggerFailed, TriggerFailed, Skipped]
+    assert [type(states[name]) for name in TASKS] == [
+        Failed,
+        TriggerFailed,
+        TriggerFailed,
+        TriggerFailed,
+        Skipped,
+    ]
     assert states["GetContainerLogs"].message == "No container was created, so there are no logs"
     assert type(state) is Failed
     assert state.message == states["PullImage"].message
     assert f"{os.environ['DOCKER_HOST']} does not answer (Connection refused)" in state.message
-    assert len([record for record in caplog.records if "refused" in record.getMessage()]) <= 2, "an error, and no retry"
+    assert len([record for record in caplog.records if "refused" in record.getMessage()]) <= 2, (
+        "an error, and no retry"
+    )

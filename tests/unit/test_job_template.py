@@ -14,7 +14,9 @@ from kubernetes_validate.utils import all_versions
 
 from flows.settings import JOB_TEMPLATES, load_job_template
 
-TEMPLATES = {path.stem: load_job_template(path.stem) for path in sorted(JOB_TEMPLATES.glob("*.yaml"))}
+TEMPLATES = {
+    path.stem: load_job_template(path.stem) for path in sorted(JOB_TEMPLATES.glob("*.yaml"))
+}
 # SC2016: a script within the script has variables of its own.
 SHELLCHECK = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2016", "-"]
 
@@ -29,16 +31,26 @@ def scripts(job: dict[str, Any]) -> Iterator[str]:
     """The text of each shell script: what stands behind -c."""
     for container in containers(job):
         hooks = [hook["exec"]["command"] for hook in container.get("lifecycle", {}).values()]
-        words = [*container.get("command", []), *container.get("args", []), *itertools.chain(*hooks)]
-        yield from (text for option, text in itertools.pairwise(words) if re.fullmatch("-[eu]*c", option))
+        words = [
+            *container.get("command", []),
+            *container.get("args", []),
+            *itertools.chain(*hooks),
+        ]
+        yield from (
+            text for option, text in itertools.pairwise(words) if re.fullmatch("-[eu]*c", option)
+        )
 
 
 @pytest.mark.parametrize("version", sorted(set(all_versions())))
 def test_valid_for_kubernetes(version: str) -> None:
     """All templates from 1.29 on. Older versions have no restartable init containers."""
-    jobs = [job for job in TEMPLATES.values() if version >= "1.29" or "initContainers" not in str(job)]
+    jobs = [
+        job for job in TEMPLATES.values() if version >= "1.29" or "initContainers" not in str(job)
+    ]
     assert jobs
-    kubernetes_validate.validate({"apiVersion": "batch/v1", "kind": "JobList", "items": jobs}, version, strict=True)
+    kubernetes_validate.validate(
+        {"apiVersion": "batch/v1", "kind": "JobList", "items": jobs}, version, strict=True
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -46,7 +58,10 @@ def test_limits(name: str) -> None:
     """No container can take the node's memory, and none requests the disk that its limit allows."""
     for resources in (container["resources"] for container in containers(TEMPLATES[name])):
         assert "memory" in resources["limits"]
-        assert "ephemeral-storage" in resources["requests"] or "ephemeral-storage" not in resources["limits"]
+        assert (
+            "ephemeral-storage" in resources["requests"]
+            or "ephemeral-storage" not in resources["limits"]
+        )
 
 
 def test_the_templates_name_one_docker() -> None:

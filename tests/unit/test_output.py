@@ -22,7 +22,14 @@ from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-STREAM = frame(1, b"out\n") + frame(2, b"") + frame(2, b"err\n") + frame(1, b"\0\1") + frame(0, b"x") + frame(2, b"")
+STREAM = (
+    frame(1, b"out\n")
+    + frame(2, b"")
+    + frame(2, b"err\n")
+    + frame(1, b"\0\1")
+    + frame(0, b"x")
+    + frame(2, b"")
+)
 PARTS = [(1, b"out\n"), (2, b""), (2, b"err\n"), (1, b"\0\1"), (1, b"x"), (2, b"")]
 OUT, ERR = 1, 2
 LONG = "語".encode() * 21_000
@@ -59,12 +66,24 @@ def take_all(batch: Batch) -> list[tuple[int, str]]:
         ([(OUT, b"\na\n\n")], [(OUT, "\na\n")]),
         ([(OUT, b"a"), (OUT, b"b\nc"), (OUT, b"d")], [(OUT, "ab\ncd")]),
         ([(OUT, b"a\r\nb\r"), (OUT, b"\nc\rd\r\n")], [(OUT, "a\nb\nd")]),
-        ([(OUT, b"a\n"), (ERR, b"b\n"), (ERR, b"c\n"), (OUT, b"d\n")], [(OUT, "a"), (ERR, "b\nc"), (OUT, "d")]),
-        ([(OUT, b"a"), (ERR, b"b\n"), (OUT, b"c\n")], [(ERR, "b"), (OUT, "ac")]),  # in the order of their ends
+        (
+            [(OUT, b"a\n"), (ERR, b"b\n"), (ERR, b"c\n"), (OUT, b"d\n")],
+            [(OUT, "a"), (ERR, "b\nc"), (OUT, "d")],
+        ),
+        (
+            [(OUT, b"a"), (ERR, b"b\n"), (OUT, b"c\n")],
+            [(ERR, "b"), (OUT, "ac")],
+        ),  # in the order of their ends
         ([(OUT, b"\xe2\x82"), (OUT, b"\xac\n")], [(OUT, "€")]),
         ([(OUT, b"\xff\xe2\x82\n")], [(OUT, "\ufffd\ufffd")]),
-        ([(OUT, LONG[start : start + (1 << 14)]) for start in range(0, len(LONG), 1 << 14)], [(OUT, "語" * 21_000)]),
-        ([(ERR, b"\r%08d" % number * 10) for number in range(5000)], [(ERR, "00004999")]),  # of a progress bar
+        (
+            [(OUT, LONG[start : start + (1 << 14)]) for start in range(0, len(LONG), 1 << 14)],
+            [(OUT, "語" * 21_000)],
+        ),
+        (
+            [(ERR, b"\r%08d" % number * 10) for number in range(5000)],
+            [(ERR, "00004999")],
+        ),  # of a progress bar
     ],
     ids=range(12),
 )
@@ -146,19 +165,27 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Uploads
     """Uploads come more often than in a pod, and so does output: the ratio is about the same."""
     manager, send = LogManager(), requests.Session.send
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.03)
-    monkeypatch.setattr("flows.output.UPLOAD_SECONDS", 60)  # a busy machine takes a while for so much
+    monkeypatch.setattr(
+        "flows.output.UPLOAD_SECONDS", 60
+    )  # a busy machine takes a while for so much
     monkeypatch.setattr("prefect.utilities.logging.LOG_MANAGER", manager)
     monkeypatch.setattr("flows.output.LOG_MANAGER", manager)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
 
-    def see(session: requests.Session, request: requests.PreparedRequest, **options: Any) -> requests.Response:
+    def see(
+        session: requests.Session, request: requests.PreparedRequest, **options: Any
+    ) -> requests.Response:
         if request.url.startswith(api.url) and b"write_run_logs" in request.body:
             uploads.sizes.append(len(request.body))
             if uploads.down:
                 raise requests.ConnectionError("the API is down")
         return send(session, request, **options)
 
-    settings = {"backend": "server", "cloud.send_flow_run_logs": True, "cloud.logging_heartbeat": 0.2}
+    settings = {
+        "backend": "server",
+        "cloud.send_flow_run_logs": True,
+        "cloud.logging_heartbeat": 0.2,
+    }
     with PrefectAPI() as api, set_temporary_config({**settings, "cloud.api": api.url}):
         Client().create_project("demo")
         flow_id = Client().register(Flow("logs"), project_name="demo", build=False, no_url=True)
@@ -192,13 +219,19 @@ def test_uploads_are_well_below_what_prefect_server_refuses(uploads: Uploads) ->
     context = prefect.context.copy()
     with ThreadPoolExecutor() as pool:
         list(pool.map(run, ("ж\U0001f40b", '"\\', "\0\x1b")))
-    wait_for(lambda: uploads.output().count("exited with code 0") == 3, "the last logs arrive", uploads.output)
+    wait_for(
+        lambda: uploads.output().count("exited with code 0") == 3,
+        "the last logs arrive",
+        uploads.output,
+    )
     assert max(uploads.sizes) < 4_000_000
     assert uploads.output().count("\nthe end") == 3
     assert "lines dropped here" in uploads.output()
 
 
-def test_an_api_that_is_down_while_the_container_writes(uploads: Uploads, recwarn: pytest.WarningsRecorder) -> None:
+def test_an_api_that_is_down_while_the_container_writes(
+    uploads: Uploads, recwarn: pytest.WarningsRecorder
+) -> None:
     """Memory is bounded, and when the API is back the log says that lines were dropped."""
     process, grown, uploads.down = psutil.Process(), list[int](), True
     before = process.memory_info().rss
@@ -210,7 +243,9 @@ def test_an_api_that_is_down_while_the_container_writes(uploads: Uploads, recwar
         wait_for(lambda: uploads.run.logs, "the API takes logs")
 
     run_container(*megabytes(100, "x"), back, frame(1, b"after it\n"))
-    wait_for(lambda: "exited with code 0" in uploads.output(), "the last log arrives", uploads.output)
+    wait_for(
+        lambda: "exited with code 0" in uploads.output(), "the last log arrives", uploads.output
+    )
     assert grown[0] < 64 << 20
     assert max(uploads.sizes) < 3_500_000
     assert "lines dropped here" in uploads.output()

@@ -20,7 +20,12 @@ from flows.parameters import validate_parameters
 from flows.settings import PROJECT
 from tests.support import pages
 
-LINKED = [*pages.PAGES, PROJECT / "CHANGELOG.md", *PROJECT.glob("scripts/**/*.md"), *PROJECT.glob("tests/**/*.md")]
+LINKED = [
+    *pages.PAGES,
+    PROJECT / "CHANGELOG.md",
+    *PROJECT.glob("scripts/**/*.md"),
+    *PROJECT.glob("tests/**/*.md"),
+]
 PARSERS: dict[str, Callable[[str], object]] = {
     "json": json.loads,
     "python": lambda text: compile(text, "example", "exec"),
@@ -30,15 +35,21 @@ PARSERS: dict[str, Callable[[str], object]] = {
 }
 
 
-@pytest.mark.parametrize("command", sorted({command for command in pages.commands() if command.startswith("make ")}))
+@pytest.mark.parametrize(
+    "command", sorted({command for command in pages.commands() if command.startswith("make ")})
+)
 def test_make_has_the_target(command: str) -> None:
-    done = subprocess.run([*shlex.split(command), "--dry-run"], cwd=PROJECT, capture_output=True, text=True)
+    done = subprocess.run(
+        [*shlex.split(command), "--dry-run"], cwd=PROJECT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(("language", "name", "text"), pages.blocks())
 def test_code_is_valid(language: str, name: str, text: str) -> None:
-    assert language in {*PARSERS, "console", "dockerfile", "mermaid", "text"}, "the tests know no such language"
+    assert language in {*PARSERS, "console", "dockerfile", "mermaid", "text"}, (
+        "the tests know no such language"
+    )
     PARSERS.get(language, str)(text)
 
 
@@ -69,7 +80,12 @@ def anchors(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(PROJECT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     inline = [part for token in parsed(page) for part in token.children or []]
-    links = [str(value) for part in inline for name, value in part.attrs.items() if name in ("href", "src")]
+    links = [
+        str(value)
+        for part in inline
+        for name, value in part.attrs.items()
+        if name in ("href", "src")
+    ]
     for link in links:
         path, _, anchor = unquote(link).partition("#")
         if re.match(r"\w+:", path):
@@ -77,7 +93,9 @@ def test_links_lead_somewhere(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.is_relative_to(PROJECT), link
         assert target.exists(), link
-        assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}: {anchors(target)}"
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), (
+            f"{link}: {anchors(target)}"
+        )
 
 
 def test_the_readme_is_short() -> None:

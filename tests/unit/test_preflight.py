@@ -35,7 +35,12 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         (tmp_path / "kubeconfig").write_text(kubeconfig)
         path = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
         monkeypatch.setattr(path, str(tmp_path / "kubeconfig"))
-        config = {"backend": "server", "cloud.api": prefect_api, "cloud.api_key": None, "home_dir": str(tmp_path)}
+        config = {
+            "backend": "server",
+            "cloud.api": prefect_api,
+            "cloud.api_key": None,
+            "home_dir": str(tmp_path),
+        }
         status: Any = 0
         with set_temporary_config(config):
             try:
@@ -73,7 +78,10 @@ def server() -> Iterator[Server]:
 
 def kubeconfig(url: str) -> str:
     context = "{name: there, context: {cluster: c, user: u}}"
-    clusters, users = f"{{name: c, cluster: {{server: {json.dumps(url)}}}}}", "{name: u, user: {token: me}}"
+    clusters, users = (
+        f"{{name: c, cluster: {{server: {json.dumps(url)}}}}}",
+        "{name: u, user: {token: me}}",
+    )
     return f"{{current-context: there, contexts: [{context}], clusters: [{clusters}], users: [{users}]}}"
 
 
@@ -116,12 +124,23 @@ def test_kubeconfigs(run: Run, content: str) -> None:
 @pytest.mark.parametrize(
     ("status", "body"),
     [
-        *((200, body) for body in (b"<html>", b"[]", b"{}", b'{"data": null}', b'{"errors": [{"path": ["project"]}]}')),
+        *(
+            (200, body)
+            for body in (
+                b"<html>",
+                b"[]",
+                b"{}",
+                b'{"data": null}',
+                b'{"errors": [{"path": ["project"]}]}',
+            )
+        ),
         *((status, b"words") for status in (401, 404, 429, 503)),
         (401, b'{"message": "no"}'),
     ],
 )
-def test_what_is_neither_kubernetes_nor_prefect(run: Run, server: Server, status: int, body: bytes) -> None:
+def test_what_is_neither_kubernetes_nor_prefect(
+    run: Run, server: Server, status: int, body: bytes
+) -> None:
     url = server(status, body)
     said = run(url, kubeconfig(url), PROJECT="containers")
     assert said["cluster"][0] == said["Prefect"][0] == "wrong"
@@ -130,9 +149,14 @@ def test_what_is_neither_kubernetes_nor_prefect(run: Run, server: Server, status
 def test_prefect_and_its_agents(run: Run) -> None:
     """The Agent for the flow's labels, as Prefect Server chooses it."""
     with PrefectAPI() as api:
-        assert run(api.url)["Prefect"] == ("fine", f"{api.url}, backend 'server', project (PROJECT) not set")
+        assert run(api.url)["Prefect"] == (
+            "fine",
+            f"{api.url}, backend 'server', project (PROJECT) not set",
+        )
         assert run(api.url)["Agent"][0] == "unsure"
-        with set_temporary_config({"backend": "server", "cloud.api": api.url, "cloud.api_key": None}):
+        with set_temporary_config(
+            {"backend": "server", "cloud.api": api.url, "cloud.api_key": None}
+        ):
             client = prefect.Client()
             client.register_agent("kubernetes", "never asked", [])
             agent = client.register_agent("kubernetes", "asks", ["gpu", "team-a"])
@@ -140,7 +164,10 @@ def test_prefect_and_its_agents(run: Run) -> None:
             client.graphql("{hello}")
         said = "no Agent with no labels (FLOW_LABELS) has asked for runs in the last 5 minutes"
         assert run(api.url)["Agent"] == ("unsure", said)
-        assert run(api.url, FLOW_LABELS="team-a")["Agent"] == ("fine", "one with labels team-a asks for runs")
+        assert run(api.url, FLOW_LABELS="team-a")["Agent"] == (
+            "fine",
+            "one with labels team-a asks for runs",
+        )
         assert run(api.url, FLOW_LABELS="team-a,team-b")["Agent"][0] == "unsure"
         assert not api.errors
 
@@ -183,6 +210,9 @@ nodeSelector: {secret: "no"}
 
 def test_what_a_pod_needs() -> None:
     """Of other kinds than in the test on a cluster."""
-    needed = {f"{kind} {name} {' '.join(keys)}".strip() for kind, name, keys in preflight.needs(yaml.safe_load(NEEDS))}
+    needed = {
+        f"{kind} {name} {' '.join(keys)}".strip()
+        for kind, name, keys in preflight.needs(yaml.safe_load(NEEDS))
+    }
     config_maps = {"configmap all", "configmap first b", "configmap other e"}
     assert needed == {"secret pull", "secret files c", "secret part", "secret csi"} | config_maps

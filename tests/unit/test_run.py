@@ -55,7 +55,9 @@ def test_the_images_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run.parameters() == {"command": None}
 
 
-def test_a_dockerd_that_has_no_pid_file_yet_is_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_dockerd_that_has_no_pid_file_yet_is_ended(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(engine, "HOME", tmp_path)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
         monkeypatch.setattr(engine, "_started", [process])
@@ -68,12 +70,18 @@ NAMES += ["NAMESPACE", "SERVICE_ACCOUNT", "PROJECT"]
 GIVEN = [f'{name}=sh -c "for i in 1 2; do echo $i $(HOME) $$; done"' for name in NAMES]
 
 
-@pytest.mark.parametrize(("arguments", "seen"), [(GIVEN, GIVEN), ([], []), (["-e"], [])], ids=["given", "none", "-e"])
-def test_only_what_stands_on_makes_command_line_counts(arguments: list[str], seen: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "seen"), [(GIVEN, GIVEN), ([], []), (["-e"], [])], ids=["given", "none", "-e"]
+)
+def test_only_what_stands_on_makes_command_line_counts(
+    arguments: list[str], seen: list[str]
+) -> None:
     """And it is handed on as it is."""
     exported = {**os.environ, "PATH": os.defpath, **dict.fromkeys(NAMES, "production")}
     command = ["make", *arguments, "show", "--eval=show: ; @env"]
-    shown = subprocess.run(command, cwd=PROJECT, env=exported, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        command, cwd=PROJECT, env=exported, capture_output=True, text=True, check=True
+    ).stdout
     assert {line for line in shown.splitlines() if line.partition("=")[0] in NAMES} == set(seen)
 
 
@@ -113,7 +121,9 @@ with engine.running():
     print("no signal came", flush=True)
 """
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen([sys.executable, "-c", script], cwd=PROJECT, text=True, **pipes) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=PROJECT, text=True, **pipes
+    ) as process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signum)
         assert process.stdout.readline() == "ending\n"
@@ -124,8 +134,16 @@ with engine.running():
 @pytest.mark.parametrize(
     ("context", "variables", "says"),
     [
-        ("unix:///none.sock", {"DOCKER_HOST": "tcp://127.0.0.1:9"}, "DOCKER_HOST=tcp://127.0.0.1:9: .*refused"),
-        ("unix:///none.sock", {"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_CERT_PATH": "/none"}, "TLS"),
+        (
+            "unix:///none.sock",
+            {"DOCKER_HOST": "tcp://127.0.0.1:9"},
+            "DOCKER_HOST=tcp://127.0.0.1:9: .*refused",
+        ),
+        (
+            "unix:///none.sock",
+            {"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_CERT_PATH": "/none"},
+            "TLS",
+        ),
         ("unix:///none.sock", {"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST"),
         ("unix:///none.sock", {"DOCKER_CONTEXT": "gone"}, "there is no such context"),
         ("unix:///none.sock", {}, "unix:///none.sock.*No such"),
@@ -133,7 +151,11 @@ with engine.running():
     ],
 )
 def test_an_engine_that_is_chosen_and_not_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, context: str, variables: dict[str, str], says: str
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    context: str,
+    variables: dict[str, str],
+    says: str,
 ) -> None:
     """The cause is said. As with `docker run`, no other engine takes its place, also as root."""
     docker_context(monkeypatch, tmp_path, context)
@@ -144,7 +166,9 @@ def test_an_engine_that_is_chosen_and_not_there(
         pass
 
 
-def test_the_usual_socket_without_permission(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_usual_socket_without_permission(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """For a user who is not in the group docker. An error, and not None, which would start another engine."""
     path, user = tmp_path / "docker.sock", os.geteuid()
     monkeypatch.delenv("DOCKER_HOST")
@@ -154,7 +178,9 @@ def test_the_usual_socket_without_permission(monkeypatch: pytest.MonkeyPatch, tm
         path.chmod(0)
         os.seteuid(user or 65534)  # root would need no permission
         try:
-            with pytest.raises(SetupError, match=r"no Docker engine answers at .*Permission denied"):
+            with pytest.raises(
+                SetupError, match=r"no Docker engine answers at .*Permission denied"
+            ):
                 engine.find()
         finally:
             os.seteuid(user)
@@ -173,7 +199,9 @@ def test_without_an_engine_the_unit_tests_run(
     assert "left out" in said
 
 
-def test_a_cluster_of_another_folder_is_left_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cluster_of_another_folder_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(cluster, "KUBECONFIG", tmp_path / "config")
     client = MagicMock()
     for change in (cluster.up, cluster.down):
@@ -207,7 +235,9 @@ def test_setup_names_the_pythons_that_it_cannot_use(version: str, tmp_path: Path
     script = shutil.copy(PROJECT / "scripts" / "setup.sh", tmp_path / "scripts")
     python = tmp_path / "python3"  # this one, which believes to be another
     belief = f"import sys; sys.version_info = ({version.replace('.', ', ')}); exec(sys.argv[1])"
-    python.write_text(f'#!/bin/sh\n[ $1 = -c ] || exec echo "Python {version}"\n{sys.executable} -c "{belief}" "$2"\n')
+    python.write_text(
+        f'#!/bin/sh\n[ $1 = -c ] || exec echo "Python {version}"\n{sys.executable} -c "{belief}" "$2"\n'
+    )
     python.chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}", "PYTHON": "python3 python0"}
     result = subprocess.run([script], env=environ, capture_output=True, text=True, timeout=30)

@@ -27,14 +27,23 @@ from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
-ALL_REQUESTS = ["POST /images/create", "POST /containers/create", "POST /containers/start", "POST /containers/wait"]
+ALL_REQUESTS = [
+    "POST /images/create",
+    "POST /containers/create",
+    "POST /containers/start",
+    "POST /containers/wait",
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:No result handler")
 
 
 @pytest.fixture
 def api() -> Iterator[PrefectAPI]:
-    settings = {"check_cancellation_interval": 0.1, "heartbeat_mode": "off", "send_flow_run_logs": False}
+    settings = {
+        "check_cancellation_interval": 0.1,
+        "heartbeat_mode": "off",
+        "send_flow_run_logs": False,
+    }
     with PrefectAPI() as api:
         cloud = {f"cloud.{name}": value for name, value in {"api": api.url, **settings}.items()}
         with set_temporary_config({"backend": "server", **cloud}):
@@ -87,7 +96,9 @@ def test_a_restarted_run_runs_again_from_the_pull(
     assert run.task_states["PullImage-1"] == "Success"
     with FakeDocker() as second:
         execute(flow, run, second)
-        assert [request for request, _ in second.requests if request in ALL_REQUESTS] == ALL_REQUESTS
+        assert [
+            request for request, _ in second.requests if request in ALL_REQUESTS
+        ] == ALL_REQUESTS
     assert run.state == "Success", str(run)
     assert set(run.task_states.values()) == {"Success"}
     assert caplog.text.count("The run was restarted") == 1
@@ -103,11 +114,18 @@ def test_a_run_that_is_retrying_goes_on(
     execute(flow, run, fake)
     assert run.state == "Success", str(run)
     pull = next(task_run for task_run in run.task_runs if task_run.task.slug == "PullImage-1")
-    assert [entry.state for entry in pull.states] == ["Pending", "Running", "Retrying", "Running", "Success"]
+    assert [entry.state for entry in pull.states] == [
+        "Pending",
+        "Running",
+        "Retrying",
+        "Running",
+        "Success",
+    ]
 
 
 @pytest.mark.parametrize(
-    ("restarted", "request_number"), [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3), (True, 8)]
+    ("restarted", "request_number"),
+    [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3), (True, 8)],
 )
 def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
     flow: Flow, fake: FakeDocker, api: PrefectAPI, restarted: bool, request_number: int
@@ -152,7 +170,9 @@ def test_a_run_whose_pod_was_lost_does_not_run_its_container_again(
     assert run.state == "Success", str(run)
 
 
-def test_a_run_whose_pod_never_came_is_started_by_lazarus(flow: Flow, fake: FakeDocker, api: PrefectAPI) -> None:
+def test_a_run_whose_pod_never_came_is_started_by_lazarus(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI
+) -> None:
     run = submitted(flow, api, image="app:1")
     Client().set_flow_run_state(run.id, Submitted())
     api.lose_heartbeats(run.id)
@@ -202,7 +222,9 @@ def start(api: PrefectAPI, fake: FakeDocker, tmp_path: Path) -> Iterator[Start]:
                 "PREFECT__CLOUD__HEARTBEAT_MODE": "thread",
             }
             command = [sys.executable, "-m", "prefect", "execute", "flow-run"]
-            process = processes.enter_context(subprocess.Popen(command, env={**os.environ, **api.env, **environment}))
+            process = processes.enter_context(
+                subprocess.Popen(command, env={**os.environ, **api.env, **environment})
+            )
             processes.callback(process.kill)
             return run, process
 
@@ -217,14 +239,18 @@ def assert_ended_by_sigterm(run: FlowRun, process: Process) -> None:
 
 @pytest.mark.parametrize("executor", ["threads", "processes"])
 @pytest.mark.parametrize("task_name", ["PullImage", "WaitOnContainer"])
-def test_sigterm_during_a_task(start: Start, fake: FakeDocker, executor: str, task_name: str) -> None:
+def test_sigterm_during_a_task(
+    start: Start, fake: FakeDocker, executor: str, task_name: str
+) -> None:
     """With Prefect's local executor: tests/kubernetes/test_cluster.py."""
     waits = task_name == "WaitOnContainer"
     if waits:
         fake.exited.clear()
     else:
         fake.pull = [fake.closing.wait]
-    run, process = start(f"from flows.docker_sidecar import flow\nflow.executor = LocalDaskExecutor('{executor}')")
+    run, process = start(
+        f"from flows.docker_sidecar import flow\nflow.executor = LocalDaskExecutor('{executor}')"
+    )
     asked = "POST /containers/wait" if waits else "POST /images/create"
     wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
     process.terminate()
@@ -286,7 +312,9 @@ def run():
 
 flow = flow_of(run, sigterm_at("Success"))
 """)
-    assert (process.wait(60), run.state, run.task_states["run-1"]) == (0, "Success", "Success"), str(run)
+    assert (process.wait(60), run.state, run.task_states["run-1"]) == (0, "Success", "Success"), (
+        str(run)
+    )
 
 
 def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
@@ -300,7 +328,9 @@ WaitOnContainer(container_id="{ID}", docker_server_url="{fake.url}").run()
     fake.exited.clear()
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True) as process:
-        fake.streams = [[frame(1, b"up\n"), fake.exited.wait, process.terminate, frame(1, b"saving\n")]]
+        fake.streams = [
+            [frame(1, b"up\n"), fake.exited.wait, process.terminate, frame(1, b"saving\n")]
+        ]
         wait_for(lambda: fake.asked("POST /containers/wait"), "the container runs")
         process.terminate()
         output, _ = process.communicate(timeout=60)
@@ -308,7 +338,9 @@ WaitOnContainer(container_id="{ID}", docker_server_url="{fake.url}").run()
     assert process.returncode == 0
 
 
-@pytest.mark.parametrize("own", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None], ids=["default", "ignored", "own"])
+@pytest.mark.parametrize(
+    "own", [signal.SIG_DFL, signal.SIG_IGN, lambda *_: None], ids=["default", "ignored", "own"]
+)
 def test_a_programs_own_handler_stays(own: Any) -> None:
     seen = []
     with Flow("own", state_handlers=[handle_pod_lifecycle]) as flow:

@@ -24,12 +24,20 @@ from prefect.tasks import docker as prefect_docker
 from flows import tasks
 from flows.daemon import connect
 from flows.states import fail_with_cause
-from flows.tasks import CreateContainer, GetContainerLogs, PullImage, StartContainer, WaitOnContainer
+from flows.tasks import (
+    CreateContainer,
+    GetContainerLogs,
+    PullImage,
+    StartContainer,
+    WaitOnContainer,
+)
 from tests.support.fake_docker import ID, FakeDocker, frame
 from tests.support.waiting import wait_for
 
 NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
-REQUIRED = dict(zip(NAMES, ("repository", "image_name", "container_id", "container_id", "container_id")))
+REQUIRED = dict(
+    zip(NAMES, ("repository", "image_name", "container_id", "container_id", "container_id"))
+)
 
 
 def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[str]:
@@ -45,7 +53,9 @@ def wait(fake: FakeDocker, **options: Any) -> Any:
     return WaitOnContainer(container_id=ID, docker_server_url=fake.url).run(**options)
 
 
-def pull_failure(fake: FakeDocker, image: str, error: str, **options: Any) -> signals.PrefectStateSignal:
+def pull_failure(
+    fake: FakeDocker, image: str, error: str, **options: Any
+) -> signals.PrefectStateSignal:
     fake.pull = [{"errorDetail": {"message": error}, "error": error}]
     with pytest.raises(signals.PrefectStateSignal) as failure:
         PullImage(docker_server_url=fake.url).run(repository=image, **options)
@@ -65,7 +75,12 @@ def pull_failure(fake: FakeDocker, image: str, error: str, **options: Any) -> si
     ],
 )
 def test_a_local_daemon_is_never_asked_through_a_proxy(
-    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, proxy: str, no_proxy: dict[str, str], url: str, host: str
+    fake: FakeDocker,
+    monkeypatch: pytest.MonkeyPatch,
+    proxy: str,
+    no_proxy: dict[str, str],
+    url: str,
+    host: str,
 ) -> None:
     monkeypatch.delenv("HTTPS_PROXY")
     for name, value in {proxy: "http://127.0.0.1:9", **no_proxy}.items():
@@ -75,16 +90,22 @@ def test_a_local_daemon_is_never_asked_through_a_proxy(
         connect(url)
     assert requests.utils.get_environ_proxies(f"http://{host}/version") == {}
     assert all(os.environ[name].startswith(value) for name, value in no_proxy.items())
-    assert requests.utils.get_environ_proxies("http://api.prefect.example"), "others are asked through the proxy"
+    assert requests.utils.get_environ_proxies("http://api.prefect.example"), (
+        "others are asked through the proxy"
+    )
 
 
-def test_a_remote_daemon_is_asked_through_the_proxy(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_daemon_is_asked_through_the_proxy(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("http_proxy", fake.url.replace("tcp", "http"))
     StartContainer().run(container_id=ID, docker_server_url="tcp://docker.example:2375")
     assert fake.asked("POST /containers/start"), "the fake daemon is the proxy"
 
 
-def pull_late(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, act: Any) -> None:
+def pull_late(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, act: Any
+) -> None:
     """Pull from a daemon that answers after `act`, which comes when the log says that the daemon is waited for."""
 
     def see(record: logging.LogRecord) -> bool:
@@ -103,11 +124,19 @@ def test_a_daemon_that_is_starting_is_waited_for(
     with FakeDocker() as earlier:
         pass  # its port is free now
     with ExitStack() as stack:
-        pull_late(monkeypatch, caplog, earlier.url, lambda: stack.enter_context(FakeDocker(earlier.server_port)))
+        pull_late(
+            monkeypatch,
+            caplog,
+            earlier.url,
+            lambda: stack.enter_context(FakeDocker(earlier.server_port)),
+        )
 
 
 def test_certificates_that_come_later_are_waited_for(
-    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    fake: FakeDocker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     """As with DOCKER_TLS_CERTDIR: the daemon makes one file after another while the flow starts."""
     authority, server = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -139,7 +168,9 @@ def test_a_daemon_that_does_not_come_up_is_one_error(
         monkeypatch.setenv("DOCKER_TLS_VERIFY", "1")
         monkeypatch.setenv("DOCKER_CERT_PATH", str(tmp_path))
     started = time.monotonic()
-    with pytest.raises(signals.FAIL, match="certificate and key files" if tls else "Connection refused") as failure:
+    with pytest.raises(
+        signals.FAIL, match="certificate and key files" if tls else "Connection refused"
+    ) as failure:
         PullImage().run(repository="app:1", docker_server_url=os.environ["DOCKER_HOST"])
     assert 0.3 < time.monotonic() - started < 2
     assert os.environ["DOCKER_HOST"] in str(failure.value)
@@ -147,7 +178,9 @@ def test_a_daemon_that_does_not_come_up_is_one_error(
     assert len(lines(caplog)) == 1
 
 
-def test_a_daemon_that_refuses_is_not_waited_for(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_daemon_that_refuses_is_not_waited_for(
+    fake: FakeDocker, caplog: pytest.LogCaptureFixture
+) -> None:
     fake.version = {"message": "denied by a plugin"}, 403
     with pytest.raises(signals.FAIL, match="denied by a plugin"):
         PullImage().run(repository="app:1", docker_server_url=fake.url)
@@ -203,7 +236,11 @@ AUTH = "dTpwOjE="  # the same
     ids=str,
 )
 def test_a_login_is_sent_as_kubelet_and_docker_do(
-    fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: dict[str, str], sent: dict[str, str]
+    fake: FakeDocker,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    entry: dict[str, str],
+    sent: dict[str, str],
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"auths": {"registry.example": entry}}))
     PullImage(docker_server_url=fake.url).run(repository="registry.example/app:1")
@@ -214,7 +251,9 @@ def test_a_login_is_sent_as_kubelet_and_docker_do(
     assert lines(caplog, logging.WARNING) == []
 
 
-@pytest.mark.parametrize("entry", [5, None, [], {"auth": ""}, {"auth": "?"}, {"auth": "dQ=="}, {"auth": 5}], ids=str)
+@pytest.mark.parametrize(
+    "entry", [5, None, [], {"auth": ""}, {"auth": "?"}, {"auth": "dQ=="}, {"auth": 5}], ids=str
+)
 def test_a_broken_login_is_left_out(
     fake: FakeDocker, tmp_path: Path, caplog: pytest.LogCaptureFixture, entry: Any
 ) -> None:
@@ -251,23 +290,40 @@ def test_progress_whatever_shape_events_have(
         *({"status": "Downloading", "id": "1", "progressDetail": detail} for detail in details),
         *({"status": 5, "id": ["1"]}, [], None, 5),
         {"status": "Pulling fs layer", "id": "1"},
-        {"status": "Downloading", "id": "2", "progressDetail": {"current": 1_000_000, "total": 2_000_000}},
-        lambda: wait_for(lambda: "1 pulling fs layer, 1 downloading, 1.0 MB received" in caplog.text, "it is logged"),
+        {
+            "status": "Downloading",
+            "id": "2",
+            "progressDetail": {"current": 1_000_000, "total": 2_000_000},
+        },
+        lambda: wait_for(
+            lambda: "1 pulling fs layer, 1 downloading, 1.0 MB received" in caplog.text,
+            "it is logged",
+        ),
         {"status": "Status: Downloaded newer image for app:1"},
     ]
-    assert PullImage(docker_server_url=fake.url).run(repository="app:1", stream_logs=True) == "app:1"
+    assert (
+        PullImage(docker_server_url=fake.url).run(repository="app:1", stream_logs=True) == "app:1"
+    )
     assert "Downloaded newer image for app:1 (" in caplog.text
 
 
 ECR = "0123.dkr.ecr.eu-west-1.amazonaws.com"
-HEAD = "unexpected status from HEAD request to https://r.example/v2/not-found/manifests/unauthorized: "
+HEAD = (
+    "unexpected status from HEAD request to https://r.example/v2/not-found/manifests/unauthorized: "
+)
 RETRIED = [
-    ("r.example/access-denied-report:1", "received unexpected HTTP status: 503 Service Unavailable: denied"),
+    (
+        "r.example/access-denied-report:1",
+        "received unexpected HTTP status: 503 Service Unavailable: denied",
+    ),
     ("r.example/not-found:unauthorized", HEAD + "429 Too Many Requests: denied: slow down"),
     ("a:1", "toomanyrequests: You have reached your unauthenticated pull rate limit."),
     ("denied.example/a:1", "dial tcp: lookup denied.example on 127.0.0.53:53: no such host"),
     ("a:1", "net/http: TLS handshake timeout"),
-    ("a:1", 'Get "https://registry-1.docker.io/v2/": net/http: request canceled (Client.Timeout exceeded)'),
+    (
+        "a:1",
+        'Get "https://registry-1.docker.io/v2/": net/http: request canceled (Client.Timeout exceeded)',
+    ),
     ("a:1", "unexpected EOF"),
 ]
 FAILED = [
@@ -276,25 +332,52 @@ FAILED = [
     ("a:1", "no matching manifest for linux/arm64/v8 in the manifest list entries", ""),
     ("a:1", 'Get "https://r.example/v2/": http: server gave HTTP response to HTTPS client', ""),
     ("a:1", "tls: failed to verify certificate: x509: certificate signed by unknown authority", ""),
-    ("a:1", "failed to fetch anonymous token: tls: failed to verify certificate: x509: certificate has expired", ""),
+    (
+        "a:1",
+        "failed to fetch anonymous token: tls: failed to verify certificate: x509: certificate has expired",
+        "",
+    ),
     ("a:1", "x" * 100_000 + " not found", ""),
     ("a:1", "authorization denied by plugin opa: no", ""),
     ("a:1", "open /var/lib/docker/x: permission denied", ""),
     ("r.example/a:1", HEAD + "403 Forbidden", ""),
-    ("a:1", "pull access denied for a, repository does not exist or may require 'docker login'", "docker login"),
+    (
+        "a:1",
+        "pull access denied for a, repository does not exist or may require 'docker login'",
+        "docker login",
+    ),
     ("a:1", "repository does not exist: server message: insufficient_scope", "docker login"),
-    ("r.example/a:1", 'Get "https://r.example/v2/a/manifests/1": no basic auth credentials', "docker login"),
-    ("a:1", 'Head "https://r.example/v2/a/manifests/1": unauthorized: authentication required', "docker login"),
-    ("r.example/a:1", 'Get "https://r.example/v2/": Proxy Authentication Required', "the login for the proxy"),
+    (
+        "r.example/a:1",
+        'Get "https://r.example/v2/a/manifests/1": no basic auth credentials',
+        "docker login",
+    ),
+    (
+        "a:1",
+        'Head "https://r.example/v2/a/manifests/1": unauthorized: authentication required',
+        "docker login",
+    ),
+    (
+        "r.example/a:1",
+        'Get "https://r.example/v2/": Proxy Authentication Required',
+        "the login for the proxy",
+    ),
     (f"{ECR}/a:1", HEAD.replace("r.example", ECR) + "403 Forbidden", "fresh token"),
-    (f"{ECR}/a:1", "denied: Your authorization token has expired. Reauthenticate and try again.", "fresh token"),
+    (
+        f"{ECR}/a:1",
+        "denied: Your authorization token has expired. Reauthenticate and try again.",
+        "fresh token",
+    ),
     ("with-login.example/a:1", HEAD + "403 Forbidden", "fresh token"),
 ]
 
 
 @pytest.mark.parametrize(
     ("image", "words", "state", "advice"),
-    [*((*each, Retrying, "") for each in RETRIED), *((*each, Failed, advice) for *each, advice in FAILED)],
+    [
+        *((*each, Retrying, "") for each in RETRIED),
+        *((*each, Failed, advice) for *each, advice in FAILED),
+    ],
     ids=lambda value: str(value)[-60:],
 )
 def test_dockers_words_decide_on_retries_and_advice(
@@ -306,7 +389,9 @@ def test_dockers_words_decide_on_retries_and_advice(
     assert words[-100:] in str(failure)
     assert len(str(failure)) < 700
     message = str(failure).replace(words, "")
-    given = [it for it in ("the login for the proxy", "docker login", "fresh token") if it in message]
+    given = [
+        it for it in ("the login for the proxy", "docker login", "fresh token") if it in message
+    ]
     assert given == [advice] * bool(advice)
 
 
@@ -316,10 +401,17 @@ def break_off() -> None:
 
 @pytest.mark.parametrize(
     ("refusal", "state"),
-    [(("odd", 400), Failed), (("toomanyrequests: odd", 429), Retrying), (("odd", 500), Retrying), (None, Retrying)],
+    [
+        (("odd", 400), Failed),
+        (("toomanyrequests: odd", 429), Retrying),
+        (("odd", 500), Retrying),
+        (None, Retrying),
+    ],
     ids=str,
 )
-def test_a_status_decides_on_retries(fake: FakeDocker, refusal: tuple[str, int] | None, state: type) -> None:
+def test_a_status_decides_on_retries(
+    fake: FakeDocker, refusal: tuple[str, int] | None, state: type
+) -> None:
     """Without one, as when the connection breaks, the pull is tried again."""
     fake.refusal, fake.pull = refusal, [break_off]
     with pytest.raises(signals.PrefectStateSignal) as failure:
@@ -338,16 +430,22 @@ def test_no_message_holds_nul(fake: FakeDocker) -> None:
 
 
 def test_a_login_of_the_callers_own(fake: FakeDocker, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"auths": {"registry.example": {"identitytoken": "t"}}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"auths": {"registry.example": {"identitytoken": "t"}}})
+    )
     options = {"auth_config": LOGIN}
-    PullImage(docker_server_url=fake.url).run(repository="registry.example/app:1", extra_docker_kwargs=options)
+    PullImage(docker_server_url=fake.url).run(
+        repository="registry.example/app:1", extra_docker_kwargs=options
+    )
     [pull] = fake.asked("POST /images/create")
     assert json.loads(pull["login"]) == LOGIN
 
 
 def test_lines_of_a_pull_are_the_runs(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch) -> None:
     task, runs = PullImage(docker_server_url=fake.url, stream_logs=True), []
-    monkeypatch.setattr(task.logger, "debug", lambda _: runs.append(prefect.context.get("flow_run_id")))
+    monkeypatch.setattr(
+        task.logger, "debug", lambda _: runs.append(prefect.context.get("flow_run_id"))
+    )
     with prefect.context(flow_run_id="run-1"):
         assert task.run(repository="app", tag=1) == "app:1"
     assert runs == ["run-1"]
@@ -376,7 +474,9 @@ def test_a_container_that_is_gone_without_a_trace(fake: FakeDocker) -> None:
 def test_a_container_that_is_removed_at_its_exit(fake: FakeDocker) -> None:
     fake.result = {"StatusCode": 3}
     fake.exited.clear()
-    waited_for = lambda: wait_for(lambda: fake.asked("POST /containers/wait"), "the exit is waited for")  # noqa: E731
+    waited_for = lambda: wait_for(
+        lambda: fake.asked("POST /containers/wait"), "the exit is waited for"
+    )  # noqa: E731
     fake.streams = [[waited_for, lambda: setattr(fake, "gone", True), fake.exited.set]]
     with pytest.raises(signals.FAIL, match="exited with code 3"):
         wait(fake)
@@ -397,7 +497,9 @@ def test_after_a_stream_that_breaks_new_output_is_read(
     assert not {"since", "until"} & {*first, *second}
 
 
-def test_a_stream_that_breaks_after_the_exit(fake: FakeDocker, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_that_breaks_after_the_exit(
+    fake: FakeDocker, caplog: pytest.LogCaptureFixture
+) -> None:
     """There is no new output then, so it is not read again."""
     fake.streams = [[frame(1, b"one\n"), break_off]] * 3
     assert wait(fake)["StatusCode"] == 0
@@ -407,7 +509,9 @@ def test_a_stream_that_breaks_after_the_exit(fake: FakeDocker, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("drips", [False, True], ids=["stalls", "drips"])
-def test_getting_the_logs_is_bounded_in_time(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, drips: bool) -> None:
+def test_getting_the_logs_is_bounded_in_time(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, drips: bool
+) -> None:
     monkeypatch.setattr("flows.output.READ_SECONDS", 0.3)
     monkeypatch.setattr("flows.tasks.READ_SECONDS", 0.3)
     pause = fake.closing.wait if not drips else lambda: fake.closing.wait(0.05)
@@ -418,13 +522,20 @@ def test_getting_the_logs_is_bounded_in_time(fake: FakeDocker, monkeypatch: pyte
     assert time.monotonic() - started < 3
 
 
-@pytest.mark.parametrize("says", ["output could not be read: Error grabbing logs", "Docker did not end the output"])
+@pytest.mark.parametrize(
+    "says", ["output could not be read: Error grabbing logs", "Docker did not end the output"]
+)
 def test_output_that_does_not_end_well(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: str
 ) -> None:
     """The run ends all the same, when the container has exited."""
     monkeypatch.setattr("flows.output.OUTPUT_GRACE_SECONDS", 0.2)
-    fake.streams = [[frame(1, b"one\n"), frame(3, b"Error grabbing logs\n") if "read" in says else fake.closing.wait]]
+    fake.streams = [
+        [
+            frame(1, b"one\n"),
+            frame(3, b"Error grabbing logs\n") if "read" in says else fake.closing.wait,
+        ]
+    ]
     started = time.monotonic()
     assert wait(fake)["StatusCode"] == 0
     assert time.monotonic() - started < 3
@@ -459,9 +570,13 @@ def test_the_arguments_are_prefects(name: str) -> None:
 def test_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
     with Flow("like Prefect's") as flow:
         image = PullImage("app", "1", fake.url, stream_logs=True)()
-        container = CreateContainer(docker_server_url=fake.url, extra_docker_kwargs={"labels": ["a"]})(image)
+        container = CreateContainer(
+            docker_server_url=fake.url, extra_docker_kwargs={"labels": ["a"]}
+        )(image)
         started = StartContainer(docker_server_url=fake.url)(container)
-        WaitOnContainer(docker_server_url=fake.url, time_limit=60)(container, upstream_tasks=[started])
+        WaitOnContainer(docker_server_url=fake.url, time_limit=60)(
+            container, upstream_tasks=[started]
+        )
         get_logs = GetContainerLogs(docker_server_url=fake.url, extra_docker_kwargs={"tail": 5})
         get_logs(container, upstream_tasks=[started])
     state = flow.run()
@@ -474,7 +589,9 @@ def test_a_flow_as_for_prefects_tasks(fake: FakeDocker) -> None:
 
 
 @pytest.mark.parametrize("policy", [None, {}, {"Name": ""}, {"Name": "no"}], ids=str)
-def test_no_restart_policy_and_no_log_driver(fake: FakeDocker, policy: dict[str, str] | None) -> None:
+def test_no_restart_policy_and_no_log_driver(
+    fake: FakeDocker, policy: dict[str, str] | None
+) -> None:
     """The log driver is Docker's default, and the log-opts of the daemon hold."""
     given = [
         {"host_config": {"restart_policy": policy}},
@@ -482,7 +599,9 @@ def test_no_restart_policy_and_no_log_driver(fake: FakeDocker, policy: dict[str,
     ]
     for options in given:
         CreateContainer(docker_server_url=fake.url).run(image_name="app:1", **options)
-    first, second = [json.loads(create["body"])["HostConfig"] for create in fake.asked("POST /containers/create")]
+    first, second = [
+        json.loads(create["body"])["HostConfig"] for create in fake.asked("POST /containers/create")
+    ]
     assert "LogConfig" not in {*first, *second}
 
 
@@ -494,9 +613,21 @@ ALWAYS = {"Name": "always", "MaximumRetryCount": 3}
 @pytest.mark.parametrize(
     ("task", "arguments", "says"),
     [
-        (CreateContainer, {**APP, "host_config": {"restart_policy": ALWAYS}}, "policy 'always'.*Prefect's retries"),
-        (CreateContainer, {**APP, "extra_docker_kwargs": {"host_config": {"RestartPolicy": ALWAYS}}}, "'always'"),
-        (CreateContainer, {**APP, "environment": {"TOKEN": ["hunter2"]}}, r"environment\['TOKEN'\]"),
+        (
+            CreateContainer,
+            {**APP, "host_config": {"restart_policy": ALWAYS}},
+            "policy 'always'.*Prefect's retries",
+        ),
+        (
+            CreateContainer,
+            {**APP, "extra_docker_kwargs": {"host_config": {"RestartPolicy": ALWAYS}}},
+            "'always'",
+        ),
+        (
+            CreateContainer,
+            {**APP, "environment": {"TOKEN": ["hunter2"]}},
+            r"environment\['TOKEN'\]",
+        ),
         (CreateContainer, {**APP, "environment": ["A=1", "=hunter2"]}, "the name ''"),
         # what the SDK finds wrong
         (CreateContainer, {**APP, "host_config": {"mem_limit": "1x"}}, "1x"),
@@ -508,7 +639,9 @@ ALWAYS = {"Name": "always", "MaximumRetryCount": 3}
         (WaitOnContainer, {**CONTAINER, **NO_SUCH}, "no_such"),
     ],
 )
-def test_wrong_arguments_are_a_failure(fake: FakeDocker, task: Any, arguments: dict[str, Any], says: str) -> None:
+def test_wrong_arguments_are_a_failure(
+    fake: FakeDocker, task: Any, arguments: dict[str, Any], says: str
+) -> None:
     with pytest.raises(signals.FAIL, match=says) as failure:
         task(docker_server_url=fake.url).run(**arguments)
     assert "hunter2" not in str(failure.value)
@@ -517,9 +650,16 @@ def test_wrong_arguments_are_a_failure(fake: FakeDocker, task: Any, arguments: d
 
 @pytest.mark.parametrize(
     ("call", "task"),
-    [("create_container", CreateContainer), ("start", StartContainer), ("wait", WaitOnContainer), ("pull", PullImage)],
+    [
+        ("create_container", CreateContainer),
+        ("start", StartContainer),
+        ("wait", WaitOnContainer),
+        ("pull", PullImage),
+    ],
 )
-def test_a_bug_stays_a_bug(fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, call: str, task: Any) -> None:
+def test_a_bug_stays_a_bug(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, call: str, task: Any
+) -> None:
     error = TypeError("'NoneType' object is not subscriptable")
 
     def fail(*_: object, **__: object) -> None:
