@@ -1,23 +1,28 @@
 """The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
 
 import base64
-import inspect
 import json
 import os
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import docker.auth
 import docker.utils
 import requests
 import urllib3
-from docker.errors import APIError, DockerException, InvalidConfigFile, TLSParameterError
+from docker.errors import (
+    APIError,
+    DockerException,
+    InvalidArgument,
+    InvalidConfigFile,
+    TLSParameterError,
+)
 from docker.utils.config import find_config_file
 from prefect.engine import signals
 
@@ -26,6 +31,7 @@ warnings.filterwarnings(
     "ignore", module="docker.credentials"
 )  # of a helper that is missing: it is an error as well
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
+T = TypeVar("T")
 
 
 def unavailable(error: BaseException) -> bool:
@@ -66,18 +72,24 @@ def failure(message: str) -> signals.FAIL:
 
 @contextmanager
 def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[None]:
-    """Turn an error of Docker, of the connection or of an argument into one FAIL: ``what`` failed, and why."""
+    """Turn an error of Docker or of the connection into one FAIL: ``what`` failed, and why."""
     try:
         yield
-    except (*ERRORS, TypeError, ValueError) as error:
-        module = inspect.trace(0)[-1].frame.f_globals["__name__"]  # that raised the error
-        if (
-            isinstance(error, ERRORS)
-            or module.startswith("docker.")
-            or "unexpected keyword argument" in str(error)
-        ):
-            raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
-        raise  # a bug
+    except ERRORS as error:
+        raise failure(f"{what}: {error_message(error, docker_server_url)}") from None
+
+
+def call_sdk(method: Callable[..., T], *args: Any, **options: Any) -> T:
+    """Call a method of the Docker SDK with options that a user gave.
+
+    Raises InvalidArgument if the SDK cannot use the options, and what the method raises.
+    """
+    try:
+        return method(*args, **options)
+    except ERRORS:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InvalidArgument(str(error)) from None
 
 
 def load_config() -> tuple[dict[str, Any], list[str]]:

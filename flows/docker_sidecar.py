@@ -1,7 +1,7 @@
-"""Docker Sidecar on Kubernetes: pull an image and run a container from it, on a Docker daemon of the run's own.
+"""Docker Sidecar on Kubernetes: run a container on a Docker daemon of the run's own.
 
-A Kubernetes Agent makes a Job from the job template, and puts this flow into the first container of its pod.
-A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
+A Kubernetes Agent makes a Job from the job template, and puts this flow into the first container of
+its pod. A second container is the Docker daemon. The tasks find it by DOCKER_HOST.
 """
 
 import os
@@ -23,37 +23,45 @@ from flows.tasks import (
 )
 
 settings = Settings.from_environ()
-daemon = {"docker_server_url": os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"}
+daemon = os.environ.get("DOCKER_HOST") or "tcp://localhost:2375"
 
 image = Parameter("image", default="prefecthq/prefect:1.4.1")
 command = Parameter(
     "command", default='''python -c "from prefect import Flow; f = Flow('empty'); f.run()"'''
 )
 environment = Parameter("environment", default=None)
-host_config = Parameter(
-    "host_config", default=None
-)  # https://docker-py.readthedocs.io, create_host_config()
-extra_docker_kwargs = Parameter("extra_docker_kwargs", default=None)  # the same, create_container()
+# https://docker-py.readthedocs.io: the options of create_host_config(), and of create_container()
+host_config = Parameter("host_config", default=None)
+extra_docker_kwargs = Parameter("extra_docker_kwargs", default=None)
 time_limit = Parameter("time_limit", default=None)  # seconds that the container may run
+
+pull_image = PullImage(docker_server_url=daemon)
+create_container = CreateContainer(docker_server_url=daemon)
+start_container = StartContainer(docker_server_url=daemon)
+wait_on_container = WaitOnContainer(docker_server_url=daemon)
+# The logs are retrieved even if upstream tasks fail.
+get_logs = GetContainerLogs(docker_server_url=daemon, trigger=always_run)
 
 with Flow(
     "Docker sidecar example",
     state_handlers=[fail_on_invalid_parameters, handle_pod_lifecycle],
     terminal_state_handler=fail_with_cause,
 ) as flow:
-    pulled = PullImage(**daemon)(repository=image)
-    container_id = CreateContainer(**daemon)(
-        image_name=image, command=command, environment=environment, host_config=host_config,
-        extra_docker_kwargs=extra_docker_kwargs, upstream_tasks=[pulled],
-    )  # fmt: skip
-    started = StartContainer(**daemon)(container_id=container_id)
-    # upstream_tasks: they run first, and hand on no result
-    status_code = WaitOnContainer(**daemon)(
+    pulled = pull_image(repository=image)
+    # upstream_tasks run first, and hand on no result
+    container_id = create_container(
+        image_name=image,
+        command=command,
+        environment=environment,
+        host_config=host_config,
+        extra_docker_kwargs=extra_docker_kwargs,
+        upstream_tasks=[pulled],
+    )
+    started = start_container(container_id=container_id)
+    status_code = wait_on_container(
         container_id=container_id, time_limit=time_limit, upstream_tasks=[started]
     )
-    logs = GetContainerLogs(**daemon, trigger=always_run)(
-        container_id=container_id, upstream_tasks=[status_code]
-    )
+    logs = get_logs(container_id=container_id, upstream_tasks=[status_code])
 
 # The run ends as the container ends; by default the logs alone, which always succeed, would decide.
 flow.set_reference_tasks([status_code, logs])
@@ -65,8 +73,11 @@ flow.run_config = KubernetesRun(
 )
 # The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
 flow.storage = Docker(
-    registry_url=settings.registry_url, image_name=settings.image_name, image_tag=settings.image_tag,
+    registry_url=settings.registry_url,
+    image_name=settings.image_name,
+    image_tag=settings.image_tag,
     dockerfile=str(PROJECT / "Dockerfile"),
     build_kwargs={"buildargs": {"BASE_IMAGE": settings.base_image}, "network_mode": "host"},
-    stored_as_script=True, path="/opt/docker-sidecar/flows/docker_sidecar.py",
-)  # fmt: skip
+    stored_as_script=True,
+    path="/opt/docker-sidecar/flows/docker_sidecar.py",
+)

@@ -14,7 +14,7 @@ import docker
 import requests
 from prefect.utilities.logging import LOG_MANAGER, LOG_OVERHEAD
 
-from flows.daemon import error_message, unavailable
+from flows.daemon import call_sdk, error_message, unavailable
 
 FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
 OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
@@ -186,7 +186,7 @@ class Watch:
 
         def wait_for_exit() -> None:
             try:
-                self.result = client.wait(container=container_id, **options)
+                self.result = call_sdk(client.wait, container=container_id, **options)
             except Exception as error:
                 self.result = error
                 if unavailable(

@@ -1,10 +1,10 @@
 """A pull in the background: its progress, and whether its error is transient."""
 
+import logging
 import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -14,7 +14,7 @@ import prefect
 from docker.errors import APIError
 from prefect.engine import signals
 
-from flows.daemon import abbreviated, failure, registry_login, unavailable
+from flows.daemon import abbreviated, call_sdk, failure, registry_login, unavailable
 
 PULL_RETRY_SECONDS = (3, 10, 30)  # the pauses before the retries of a pull
 # Docker answers HTTP 200 before most errors come, so its words decide. Names, which may hold such words, go first.
@@ -36,7 +36,7 @@ class Pull(threading.Thread):
     """A pull in a thread, and what its events say. Any field of an event may be missing."""
 
     def __init__(
-        self, client: docker.APIClient, options: dict[str, Any], log: Callable[[str], None]
+        self, client: docker.APIClient, options: dict[str, Any], logger: logging.Logger | None
     ) -> None:
         super().__init__(daemon=True)
         self.outcome, self.login_fault, self.heard = (
@@ -45,10 +45,10 @@ class Pull(threading.Thread):
             time.monotonic(),
         )  # heard: when the last event came
         self.error: Any = None
-        self._client, self._options, self._log, self._context = (
+        self._client, self._options, self._logger, self._context = (
             client,
             options,
-            log,
+            logger,
             prefect.context.copy(),
         )
         self._layers, self._received = (
@@ -66,7 +66,8 @@ class Pull(threading.Thread):
                     self._options["auth_config"], self.login_fault = registry_login(
                         self._options["repository"]
                     )
-                for event in self._client.pull(stream=True, decode=True, **self._options):
+                events = call_sdk(self._client.pull, stream=True, decode=True, **self._options)
+                for event in events:
                     self.heard = time.monotonic()
                     with suppress(
                         AttributeError, KeyError, TypeError, ValueError
@@ -80,7 +81,8 @@ class Pull(threading.Thread):
             words = str(error.get("message") if isinstance(error, dict) else error)
             raise APIError(words, explanation=words)
         status, layer = event["status"], event.get("id")
-        self._log(status)
+        if self._logger:
+            self._logger.debug(status)
         if status.startswith("Status: "):
             self.outcome = status[len("Status: ") :]
         elif layer and not status.startswith("Pulling from"):

@@ -649,23 +649,23 @@ def test_wrong_arguments_are_a_failure(
 
 
 @pytest.mark.parametrize(
-    ("call", "task"),
+    ("ours", "task"),
     [
-        ("create_container", CreateContainer),
-        ("start", StartContainer),
-        ("wait", WaitOnContainer),
-        ("pull", PullImage),
+        ("flows.tasks.environment_strings", CreateContainer),
+        ("flows.tasks.connect", StartContainer),
+        ("flows.tasks.Watch", WaitOnContainer),
+        ("flows.tasks.Pull", PullImage),
     ],
 )
 def test_a_bug_stays_a_bug(
-    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, call: str, task: Any
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, ours: str, task: Any
 ) -> None:
     error = TypeError("'NoneType' object is not subscriptable")
 
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(docker.APIClient, call, fail)
+    monkeypatch.setattr(ours, fail)
     with pytest.raises(TypeError) as raised:
         task(docker_server_url=fake.url).run(**{REQUIRED[task.__name__]: ID})
     assert raised.value is error
