@@ -3,8 +3,8 @@
 import pytest
 
 from flows.settings import JOB_TEMPLATES
-from tests.cgroup2.conftest import Pod
-from tests.cgroup2.machine import INNER, Node
+from tests.support.cgroup2_node import INNER, Node
+from tests.support.cgroup2_pod import DaemonPod
 
 # gvisor_sidecar's daemon has cgroups of its sandbox's kernel, which is one process tree in the pod
 TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml") if "gvisor" not in path.stem)
@@ -16,7 +16,7 @@ HUNGRY = f"--network=none {INNER} dd if=/dev/zero of=/dev/null bs=600M count=1" 
 def test_container_counts_to_the_pod_and_dies_alone_at_its_own_limit(
     node: Node, template: str
 ) -> None:
-    pod = Pod(node, template)
+    pod = DaemonPod(node, template)
     cgroup = node.run("cut -d: -f3 /proc/$(pgrep -nfx 'sleep 5000')/cgroup")
     assert cgroup.startswith(f"{pod.cgroup}/{pod.id}/docker/")
     pod.sh(f"docker run --name=hungry --memory=100m {HUNGRY} || true")
@@ -36,7 +36,7 @@ def test_more_memory_than_the_pod_has_ends_the_daemon_with_all_containers(
     node: Node, template: str
 ) -> None:
     """What SIGKILL to all of them leaves is asserted as well."""
-    pod = Pod(node, template)
+    pod = DaemonPod(node, template)
     with pytest.raises(AssertionError):  # the Docker client dies with all else
         pod.sh(f"docker run {HUNGRY}")
     assert pod.ended() == (137, "OOMKilled")
@@ -44,7 +44,7 @@ def test_more_memory_than_the_pod_has_ends_the_daemon_with_all_containers(
 
 
 def test_nothing_is_left_after_sigkill(node: Node) -> None:
-    pod = Pod(node, "native_sidecar")
+    pod = DaemonPod(node, "native_sidecar")
     node.run(f"crictl -t 100s stop --timeout 0 {pod.id}")
     assert pod.ended()[0] == 137
     pod.remove()

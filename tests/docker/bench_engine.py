@@ -16,23 +16,24 @@ import prefect.tasks.docker
 import pytest
 
 import flows.tasks
-from scripts.base import PREFECT
 from scripts.run import run
-from tests.conftest import LABELS
 from tests.support.bench import ENGINE, OUTPUT, in_turn, publish, spread, table
+from tests.support.containers import PREFECT_IMAGE
+from tests.support.session import SESSION_LABELS
 
-IMAGE = PREFECT[0]
 READERS = LIBRARY, OURS, ONCE = "Prefect's tasks", "these tasks", "reading it once"
 pytestmark = pytest.mark.timeout(1800)
 
 
 def test_a_flow_run_and_docker_run(engine: docker.DockerClient) -> None:
-    command = ["docker", "run", "--rm", IMAGE, "true"]
+    command = ["docker", "run", "--rm", PREFECT_IMAGE, "true"]
     calls = {
         "`docker run`": lambda: timeit(lambda: subprocess.run(command, check=True), number=1),
-        "the flow": lambda: timeit(lambda: run(engine, image=IMAGE, command="true"), number=1),
+        "the flow": lambda: timeit(
+            lambda: run(engine, image=PREFECT_IMAGE, command="true"), number=1
+        ),
     }
-    assert run(engine, image=IMAGE, command="true").is_successful()
+    assert run(engine, image=PREFECT_IMAGE, command="true").is_successful()
     cli, flow = in_turn(10, calls).values()
     targets = [("a flow run, more than `docker run`", 1.5, median(flow) - median(cli), "s")]
     targets.append(("a flow run, over `docker run`", 2, median(flow) / median(cli), "times"))
@@ -42,7 +43,7 @@ def test_a_flow_run_and_docker_run(engine: docker.DockerClient) -> None:
     ]
     origin = (
         "stand-ins"
-        if any("airgap" in label for label in engine.images.get(IMAGE).labels)
+        if any("airgap" in label for label in engine.images.get(PREFECT_IMAGE).labels)
         else "as published"
     )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
@@ -57,7 +58,7 @@ def test_output(engine: docker.DockerClient) -> None:
     for size in (1, 10, 100, 1024):
         script = f"import os\nfor _ in range({size} * 16): os.write(1, (b'x' * 1023 + b'\\n') * 64)"
         container = engine.containers.run(
-            IMAGE, ["python", "-c", script], detach=True, labels=LABELS
+            PREFECT_IMAGE, ["python", "-c", script], detach=True, labels=SESSION_LABELS
         )
         try:
             container.wait()

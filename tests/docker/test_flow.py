@@ -16,16 +16,20 @@ from docker.models.containers import Container
 
 from flows.tasks import LABEL, LOG_BYTES
 from scripts.registry import push as push_to_mirror
-from tests.conftest import PREFECT, busybox, container, login, private_registry
-from tests.docker.conftest import (
-    REGISTRY,
-    STORE,
-    Daemon,
-    FlowRun,
-    WhenLogged,
-    daemon_with_mirror,
-    push,
-    sh,
+from tests.support.containers import (
+    PREFECT_IMAGE,
+    import_busybox,
+    run_shell,
+    running_container,
+)
+from tests.support.daemons import Daemon, daemon_with_mirror
+from tests.support.local_runs import RunFlow, WhenLogged
+from tests.support.registries import (
+    INNER_REGISTRY,
+    INNER_STORE,
+    login,
+    private_registry,
+    push_to_inner_registry,
 )
 
 SAVE = ["sh", "-c", "trap 'echo saving; exit' TERM; echo up; while :; do sleep 0.1; done"]
@@ -37,7 +41,7 @@ def touch_seen(daemon: docker.DockerClient) -> None:
     running.exec_run(["touch", "/seen"])
 
 
-def test_output_goes_to_the_logs_by_stream(flow_run: FlowRun, image: str) -> None:
+def test_output_goes_to_the_logs_by_stream(flow_run: RunFlow, image: str) -> None:
     """Values of the environment are as JSON writes them."""
     environment = {"A": True, "B": 1.5, "C": "x=y", "D": "", "PATH": "/bin"}
     script = "echo one; echo two >&2; echo $A $B $C ${D-unset}."
@@ -55,7 +59,7 @@ def test_output_goes_to_the_logs_by_stream(flow_run: FlowRun, image: str) -> Non
 
 
 def test_output_reaches_the_logs_while_the_container_runs(
-    flow_run: FlowRun, daemon: docker.DockerClient, when_logged: WhenLogged
+    flow_run: RunFlow, daemon: docker.DockerClient, when_logged: WhenLogged
 ) -> None:
     when_logged("^first$", lambda: touch_seen(daemon))
     run = flow_run(
@@ -65,7 +69,7 @@ def test_output_reaches_the_logs_while_the_container_runs(
     assert run.output("INFO") == "first\nlast"
 
 
-def test_dockers_other_options(flow_run: FlowRun) -> None:
+def test_dockers_other_options(flow_run: RunFlow) -> None:
     """The command is the entrypoint's arguments."""
     extra = {
         "entrypoint": ["sh", "-c", 'echo "$0 $1 $(id -u) $(hostname) $(pwd)"'],
@@ -100,7 +104,7 @@ def test_dockers_other_options(flow_run: FlowRun) -> None:
     ids=["exit code", "out of memory", "restart policy", "no such command"],
 )
 def test_the_cause_of_a_failure(
-    flow_run: FlowRun, command: str, host_config: Any, cause: str
+    flow_run: RunFlow, command: str, host_config: Any, cause: str
 ) -> None:
     run = flow_run(command=command, host_config=host_config)
     assert run.state.is_failed()
@@ -116,7 +120,7 @@ def test_the_cause_of_a_failure(
     "name", ["docker-sidecar-tests/only-here:1", "localhost:5099/only-here:1"], ids=["Hub", "down"]
 )
 def test_an_image_that_only_the_daemon_has(
-    flow_run: FlowRun, daemon: docker.DockerClient, image: str, name: str
+    flow_run: RunFlow, daemon: docker.DockerClient, image: str, name: str
 ) -> None:
     daemon.images.pull(image)
     daemon.images.get(image).tag(name)
@@ -135,17 +139,17 @@ def test_an_image_that_only_the_daemon_has(
 @pytest.mark.parametrize(
     "name", ["nothing-of-this-name:1", "tests/busybox:none", f"tests/busybox@sha256:{'0' * 64}"]
 )
-def test_image_not_found(flow_run: FlowRun, name: str) -> None:
-    run = flow_run(image=f"{REGISTRY}/{name}", command="true")
+def test_image_not_found(flow_run: RunFlow, name: str) -> None:
+    run = flow_run(image=f"{INNER_REGISTRY}/{name}", command="true")
     assert run.state.is_failed()
-    assert f"Pulling {REGISTRY}/{name}: " in run.state.message
+    assert f"Pulling {INNER_REGISTRY}/{name}: " in run.state.message
     assert "not found" in run.state.message
     assert len(run.naming("not found")) == 1, "one error, and no retry"
     assert run.tasks["GetContainerLogs"].message == "No container was created, so there are no logs"
 
 
 def test_registry_down_then_up_again(
-    flow_run: FlowRun,
+    flow_run: RunFlow,
     registry: Container,
     daemon: docker.DockerClient,
     image: str,
@@ -182,14 +186,16 @@ def odd_registry(
 ) -> AbstractContextManager[Container]:
     """A registry at localhost:5057 that answers any request with a status, after some seconds."""
     command = ["python", "-uc", ANSWER, str(status), str(seconds)]
-    return container(daemon, PREFECT, command, ports={"5000/tcp": ("127.0.0.1", 5057)})
+    return running_container(
+        daemon, PREFECT_IMAGE, command, ports={"5000/tcp": ("127.0.0.1", 5057)}
+    )
 
 
 @pytest.mark.parametrize(
     ("status", "name"), [(429, "access-denied-report:1"), (503, "not-found:unauthorized")]
 )
 def test_registry_overloaded(
-    flow_run: FlowRun, daemon: docker.DockerClient, status: int, name: str
+    flow_run: RunFlow, daemon: docker.DockerClient, status: int, name: str
 ) -> None:
     with odd_registry(daemon, status) as server:
         run = flow_run(image=f"localhost:5057/{name}", command="true")
@@ -200,7 +206,7 @@ def test_registry_overloaded(
 
 
 def test_registry_that_does_not_answer(
-    flow_run: FlowRun, daemon: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
+    flow_run: RunFlow, daemon: docker.DockerClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.tasks.PROGRESS_SECONDS", 0.5)
     monkeypatch.setattr("flows.tasks.PULL_SILENCE_SECONDS", 3)
@@ -213,14 +219,14 @@ def test_registry_that_does_not_answer(
 
 
 def test_blob_missing_in_the_registry(
-    flow_run: FlowRun, registry: Container, daemon: docker.DockerClient
+    flow_run: RunFlow, registry: Container, daemon: docker.DockerClient
 ) -> None:
-    saved = b"".join(daemon.images.get(busybox(daemon)).save())
+    saved = b"".join(daemon.images.get(import_busybox(daemon)).save())
     daemon.api.import_image_from_data(saved, "docker-sidecar-tests", "broken")
-    reference = push(daemon, "docker-sidecar-tests:broken", "tests/broken:1")
+    reference = push_to_inner_registry(daemon, "docker-sidecar-tests:broken", "tests/broken:1")
     daemon.images.remove("docker-sidecar-tests:broken")
     layers = "for each in repositories/tests/broken/_layers/sha256/*; do find blobs/sha256/*/${each##*/} -size +99k"
-    sh(registry, f"cd /var/lib/registry/docker/registry/v2; {layers} -exec rm {{}} +; done")
+    run_shell(registry, f"cd /var/lib/registry/docker/registry/v2; {layers} -exec rm {{}} +; done")
     registry.restart(timeout=0)  # it remembers which blobs there are
     run = flow_run(image=reference, command="true")
     assert run.state.is_failed(), "HTTP 200, and the error in the stream"
@@ -229,15 +235,15 @@ def test_blob_missing_in_the_registry(
 
 
 @pytest.mark.usefixtures("current_docker")
-def test_no_disk_space_for_the_image(flow_run: FlowRun, engine: docker.DockerClient) -> None:
+def test_no_disk_space_for_the_image(flow_run: RunFlow, engine: docker.DockerClient) -> None:
     with daemon_with_mirror(engine, tmpfs={"/var/lib/docker": "size=48m"}) as small:
-        run = flow_run(on=small.url, image=PREFECT, command="true")
+        run = flow_run(on=small.url, image=PREFECT_IMAGE, command="true")
     assert run.state.is_failed()
     assert "no space left on device" in run.state.message
     assert not run.naming("retry")
 
 
-def test_much_output(flow_run: FlowRun) -> None:
+def test_much_output(flow_run: RunFlow) -> None:
     tracemalloc.start()
     try:
         run = flow_run(
@@ -272,7 +278,7 @@ def test_much_output(flow_run: FlowRun) -> None:
     ids=["10,000 lines", "a line more", "50,000 lines", "long lines"],
 )
 def test_logged_output_is_whole_and_its_end_is_returned(
-    flow_run: FlowRun, command: str, lines: list[str]
+    flow_run: RunFlow, command: str, lines: list[str]
 ) -> None:
     run = flow_run(command=["sh", "-c", command])
     assert run.output("INFO").split("\n") == lines
@@ -283,7 +289,7 @@ def test_logged_output_is_whole_and_its_end_is_returned(
 
 
 def test_a_line_that_docker_breaks_counts_as_many(
-    flow_run: FlowRun, daemon: docker.DockerClient
+    flow_run: RunFlow, daemon: docker.DockerClient
 ) -> None:
     run = flow_run(command=["sh", "-c", "head -c 600000 /dev/zero | tr '\\0' x; echo; seq 9990"])
     note, *lines = run.tasks["GetContainerLogs"].result.splitlines()
@@ -323,7 +329,7 @@ LONG_LINE = "(i=0; while [ $i -lt 3000 ]; do printf 日本語の行; i=$((i+1));
     ],
 )
 def test_unusual_output(
-    flow_run: FlowRun, command: str, tty: bool, logged: str, returned: str
+    flow_run: RunFlow, command: str, tty: bool, logged: str, returned: str
 ) -> None:
     run = flow_run(command=["sh", "-c", command], extra_docker_kwargs={"tty": tty})
     assert run.state.is_successful()
@@ -334,7 +340,7 @@ def test_unusual_output(
 UNREADABLE = {"log_config": {"type": "none"}}
 
 
-def test_log_driver_that_cannot_be_read(flow_run: FlowRun) -> None:
+def test_log_driver_that_cannot_be_read(flow_run: RunFlow) -> None:
     run = flow_run(command="echo unheard", host_config=UNREADABLE)
     assert run.state.is_successful(), run.state
     assert run.tasks["GetContainerLogs"].is_skipped()
@@ -352,7 +358,7 @@ def _sigterm() -> Iterator[None]:
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(
-    flow_run: FlowRun, caplog: pytest.LogCaptureFixture, when_logged: WhenLogged, signum: int
+    flow_run: RunFlow, caplog: pytest.LogCaptureFixture, when_logged: WhenLogged, signum: int
 ) -> None:
     """By Prefect's cancellation or Ctrl-C, or by SIGTERM, which in a pod fails the run: tests/unit/test_states.py."""
     when_logged("^up$", lambda: os.kill(os.getpid(), signum))
@@ -361,7 +367,7 @@ def test_interrupted(
     assert "saving" in caplog.messages, "the container got SIGTERM, and time to act on it"
 
 
-def test_output_after_the_time_limit(flow_run: FlowRun) -> None:
+def test_output_after_the_time_limit(flow_run: RunFlow) -> None:
     run = flow_run(command=SAVE, time_limit=3)
     assert run.state.is_failed()
     assert "was stopped at its time limit of 3 s" in run.state.message
@@ -370,7 +376,7 @@ def test_output_after_the_time_limit(flow_run: FlowRun) -> None:
 
 @pytest.mark.parametrize("host_config", [None, UNREADABLE], ids=["output", "no output"])
 def test_time_limit_of_a_container_that_ignores_sigterm(
-    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch, host_config: Any
+    flow_run: RunFlow, monkeypatch: pytest.MonkeyPatch, host_config: Any
 ) -> None:
     """As process 1 does, if it has no handler."""
     monkeypatch.setattr("flows.tasks.STOP_GRACE_SECONDS", 1)
@@ -386,7 +392,7 @@ def test_time_limit_of_a_container_that_ignores_sigterm(
     ids=["alone", "beside lines on stdout", "NUL"],
 )
 def test_the_newest_state_of_a_progress_bar(
-    flow_run: FlowRun,
+    flow_run: RunFlow,
     daemon: docker.DockerClient,
     when_logged: WhenLogged,
     beside: str,
@@ -406,7 +412,7 @@ def test_the_newest_state_of_a_progress_bar(
 
 
 def test_a_line_beside_a_progress_bar_comes_once(
-    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch
+    flow_run: RunFlow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.2)
     script = "printf '\\r1%%' >&2; sleep 2; echo one; sleep 1; printf 'no bar'; sleep 2; echo; printf '\\r2%%\\n' >&2"
@@ -415,7 +421,7 @@ def test_a_line_beside_a_progress_bar_comes_once(
     assert run.output("WARNING").split("\n")[-1] == "2%"
 
 
-def test_a_container_that_would_remove_itself(flow_run: FlowRun) -> None:
+def test_a_container_that_would_remove_itself(flow_run: RunFlow) -> None:
     run = flow_run(command=["sh", "-c", "echo out; exit 3"], host_config={"auto_remove": True})
     assert "exited with code 3" in run.state.message
     assert run.tasks["GetContainerLogs"].result == "out\n"
@@ -423,7 +429,7 @@ def test_a_container_that_would_remove_itself(flow_run: FlowRun) -> None:
 
 
 def test_a_container_that_goes_while_make_run_looks(
-    flow_run: FlowRun, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch
+    flow_run: RunFlow, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     listed = sidecar.client.api.containers
     with monkeypatch.context() as patched:
@@ -436,10 +442,10 @@ def test_a_container_that_goes_while_make_run_looks(
 
 
 def test_daemon_dies_during_the_wait(
-    flow_run: FlowRun, engine: docker.DockerClient, when_logged: WhenLogged
+    flow_run: RunFlow, engine: docker.DockerClient, when_logged: WhenLogged
 ) -> None:
     with daemon_with_mirror(engine) as mortal:
-        image = push_to_mirror(engine, busybox(engine), "tests/mortal:1")
+        image = push_to_mirror(engine, import_busybox(engine), "tests/mortal:1")
         when_logged("^up$", mortal.container.kill)
         run = flow_run(on=mortal.url, image=image, command=["sh", "-c", "echo up; sleep 300"])
     assert run.state.is_failed()
@@ -456,7 +462,7 @@ def test_daemon_dies_during_the_wait(
     ],
 )
 def test_a_public_image_needs_no_login(
-    flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, fault: str
+    flow_run: RunFlow, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: str, fault: str
 ) -> None:
     (tmp_path / "config.json").write_text(config)
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
@@ -467,19 +473,19 @@ def test_a_public_image_needs_no_login(
     assert str(tmp_path) in warned
 
 
-def test_image_by_digest(flow_run: FlowRun, daemon: docker.DockerClient, image: str) -> None:
+def test_image_by_digest(flow_run: RunFlow, daemon: docker.DockerClient, image: str) -> None:
     digest = daemon.images.get_registry_data(image).id
-    run = flow_run(image=f"{REGISTRY}/tests/busybox@{digest}", command="echo by digest")
+    run = flow_run(image=f"{INNER_REGISTRY}/tests/busybox@{digest}", command="echo by digest")
     assert run.state.is_successful(), run.state
     assert run.output("INFO") == "by digest"
 
 
 def test_private_registry(
-    flow_run: FlowRun, daemon: docker.DockerClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    flow_run: RunFlow, daemon: docker.DockerClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("DOCKER_CONFIG", str(tmp_path))
     name, plain = "localhost:5056/tests/busybox:1", {"username": "user", "password": "password"}
-    with private_registry(daemon, ports={"5000/tcp": ("127.0.0.1", 5056)}, volumes=STORE):
+    with private_registry(daemon, ports={"5000/tcp": ("127.0.0.1", 5056)}, volumes=INNER_STORE):
         for entry, advice in (
             (None, "`docker login`"),
             (login("wrong"), "fresh token"),

@@ -14,8 +14,9 @@ import pytest
 from flows.settings import PROJECT
 from scripts.base import DAEMON, PREFECT
 from scripts.registry import push, registry_address
-from tests.conftest import busybox, container
-from tests.docker.conftest import FlowRun, private_network, run_daemon
+from tests.support.containers import import_busybox, running_container
+from tests.support.daemons import private_network, run_daemon
+from tests.support.local_runs import RunFlow
 from tests.support.pages import console, example
 
 PROXY = """
@@ -54,7 +55,7 @@ def test_make_run_looks_like_this(capfd: pytest.CaptureFixture[str]) -> None:
             assert line in said, f"not there, or not in this order: {line}\n{printed}"
 
 
-def test_parameters(flow_run: FlowRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters(flow_run: RunFlow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("API_KEY", "the flow's own")
     outcomes = []
     for line in example("parameters").splitlines():
@@ -96,13 +97,13 @@ def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
 
 @pytest.mark.usefixtures("current_docker")
 def test_a_proxy_that_is_really_used(
-    flow_run: FlowRun, engine: docker.DockerClient, tmp_path: Path
+    flow_run: RunFlow, engine: docker.DockerClient, tmp_path: Path
 ) -> None:
     """With the daemon.json of the page; only the proxy knows where the mirror is."""
-    path = push(engine, busybox(engine), "tests/busybox:1")
+    path = push(engine, import_busybox(engine), "tests/busybox:1")
     with private_network(engine) as network:
         mirror = registry_address(engine, network.name)
-        with container(
+        with running_container(
             engine, PREFECT[0], ["python", "-uc", PROXY, mirror], network=network.name
         ) as proxy:
             address = proxy.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]

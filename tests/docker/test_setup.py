@@ -16,16 +16,15 @@ import requests
 from flows.settings import PROJECT
 from scripts import engine as setup
 from scripts import registry
-from scripts.base import ANSWER_SECONDS, LABELS, REGISTRY_IMAGE, SetupError
-from scripts.base import PREFECT as ALL_PREFECT
+from scripts.base import ANSWER_SECONDS, LABELS, PREFECT, REGISTRY_IMAGE, SetupError
 from scripts.images import can_pull, provide
-from tests.conftest import PREFECT, busybox
-from tests.docker.conftest import Daemon
+from tests.support.containers import PREFECT_IMAGE, import_busybox
+from tests.support.daemons import Daemon
 
 
 def test_an_engine_that_only_has_a_mirror(daemon: docker.DockerClient) -> None:
     """Whether there are images is the engine's to say, whatever this machine reaches itself."""
-    assert can_pull(daemon, PREFECT)
+    assert can_pull(daemon, PREFECT_IMAGE)
     assert not can_pull(daemon, "docker-sidecar-tests/not-there:1")
 
 
@@ -54,7 +53,7 @@ def test_make_run_behind_a_proxy(
 def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path: Path) -> None:
     """`make run HOST_CONFIG=…` with a folder of this machine, in and out."""
     (tmp_path / "in").write_text("from here\n")
-    name = busybox(engine, "docker-sidecar-tests:workspace")
+    name = import_busybox(engine, "docker-sidecar-tests:workspace")
     image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/workspace:1')}"
     binds = json.dumps({"binds": [f"{tmp_path}:/workspace"]})
     python(
@@ -70,8 +69,8 @@ def test_workspace_on_this_machines_engine(engine: docker.DockerClient, tmp_path
 def test_a_base_image_with_a_user_of_its_own(engine: docker.DockerClient) -> None:
     """As `prefect register` builds the flow's image."""
     base, name = "docker-sidecar-tests:base-user", f"docker-sidecar-tests/{uuid.uuid4().hex[:8]}"
-    provide(engine, ALL_PREFECT[1])
-    text = f"FROM {ALL_PREFECT[1]}\nRUN useradd app\nUSER app\n"
+    provide(engine, PREFECT[1])
+    text = f"FROM {PREFECT[1]}\nRUN useradd app\nUSER app\n"
     engine.images.build(fileobj=io.BytesIO(text.encode()), tag=base, rm=True)
     script = "from flows.docker_sidecar import flow; flow.storage.add_flow(flow); flow.storage.build(push=False)"
     python("-c", script, FLOW_BASE_IMAGE=base, FLOW_REGISTRY_URL="localhost", FLOW_IMAGE_NAME=name)

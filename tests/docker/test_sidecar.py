@@ -10,12 +10,12 @@ import pytest
 from docker.models.containers import Container
 
 from flows.settings import load_job_template
-from tests.conftest import LABELS, PREFECT, tar
-from tests.docker.conftest import sh
+from tests.support.containers import PREFECT_IMAGE, archive, run_shell
+from tests.support.session import SESSION_LABELS
 from tests.support.waiting import wait_for
 
 FLOW, SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"]
-FLOW |= {"image": PREFECT, "args": ["true"]}  # what the Agent fills in
+FLOW |= {"image": PREFECT_IMAGE, "args": ["true"]}  # what the Agent fills in
 DEAF = {  # a daemon that does not heed SIGTERM
     "dockerd-entrypoint.sh dockerd": """sh -c "trap '' TERM; while :; do sleep 1; done" """,
     "timeout 15": "timeout 1",
@@ -31,7 +31,7 @@ Start = Callable[..., Container]
 def start(engine: docker.DockerClient) -> Iterator[Start]:
     """Start a container of a template, with its hook as kubelet would. All containers of a test share a volume."""
     volume, started, pool = (
-        engine.volumes.create(labels=LABELS),
+        engine.volumes.create(labels=SESSION_LABELS),
         list[Container](),
         ThreadPoolExecutor(),
     )
@@ -49,14 +49,14 @@ def start(engine: docker.DockerClient) -> Iterator[Start]:
             spec.get("args"),
             entrypoint=spec["command"],
             environment={entry["name"]: entry["value"] for entry in spec["env"]},
-            labels=LABELS,
+            labels=SESSION_LABELS,
             privileged=spec["securityContext"].get("privileged", False),
             volumes=[f"{volume.name}:/alive", f"{volume.name}:/store"],
             tmpfs={"/run/dind": ""},
         )
         started.append(container)
         if daemon_json:
-            container.put_archive("/", tar({"etc/docker/daemon.json": daemon_json.encode()}))
+            container.put_archive("/", archive({"etc/docker/daemon.json": daemon_json.encode()}))
         container.start()
         if "lifecycle" in spec:
             container.hook = pool.submit(
@@ -81,7 +81,7 @@ def ready(container: Container) -> Container:
 def second_after(start: Start, script: str) -> Container:
     """A daemon on the store of one that has run a script, and was killed."""
     first = ready(start(KEPT))
-    sh(first, script)
+    run_shell(first, script)
     first.kill("SIGKILL")
     return ready(start(KEPT))
 
@@ -124,37 +124,39 @@ def test_daemon_json_cannot_open_the_daemon(start: Start) -> None:
 
 def test_layers_outlive_the_pod_and_its_sudden_death(start: Start) -> None:
     second = second_after(start, f"{KEEP}; docker network create stale; docker volume create named")
-    assert sh(second, IMAGES) == "kept"
+    assert run_shell(second, IMAGES) == "kept"
     left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
-    assert sh(second, left) == "", "what the first one left is gone before the flow starts"
+    assert run_shell(second, left) == "", "what the first one left is gone before the flow starts"
     second.kill("SIGTERM")
     code, output = end(second)
     assert code == 0
     assert "Daemon shutdown complete" in output
     third = ready(start(KEPT))
-    assert sh(third, IMAGES) == "kept"
+    assert run_shell(third, IMAGES) == "kept"
     third.kill("SIGKILL")
-    assert sh(ready(start(KEPT, {"-le 80": "-lt 0"})), IMAGES) == "", "the disk is nearly full"
+    assert run_shell(ready(start(KEPT, {"-le 80": "-lt 0"})), IMAGES) == "", (
+        "the disk is nearly full"
+    )
 
 
 def test_daemons_at_once_have_a_slot_each_while_there_are_slots(start: Start) -> None:
     daemons = [ready(start(KEPT, {"0 1 2 3 4 5 6 7": "0 1"})) for _ in range(3)]
-    roots = [sh(each, "docker info --format '{{.DockerRootDir}}'") for each in daemons]
+    roots = [run_shell(each, "docker info --format '{{.DockerRootDir}}'") for each in daemons]
     assert roots == ["/store/0", "/store/1", "/var/lib/docker"]
     assert b"no layers are kept" in daemons[2].logs()
 
 
 def test_a_store_that_dockerd_cannot_use_is_set_aside(start: Start) -> None:
     second = second_after(start, f"{KEEP}; echo broken >/store/0/network/files/local-kv.db")
-    assert sh(second, IMAGES) == ""
-    assert sh(second, "ls -d /store/0.broken/network") == "/store/0.broken/network"
+    assert run_shell(second, IMAGES) == ""
+    assert run_shell(second, "ls -d /store/0.broken/network") == "/store/0.broken/network"
     assert b"set aside as /store/0.broken" in second.logs()
 
 
 def test_what_does_not_touch_the_store(start: Start) -> None:
     """A daemon that dies in mid-run, a configuration that dockerd refuses, and SIGTERM while dockerd starts."""
     first = ready(start(KEPT))
-    sh(first, f"{KEEP}; kill -9 $(pidof dockerd)")
+    run_shell(first, f"{KEEP}; kill -9 $(pidof dockerd)")
     end(first)
     refused = start(KEPT, daemon_json='{"mtu": ')
     assert (
@@ -164,11 +166,11 @@ def test_what_does_not_touch_the_store(start: Start) -> None:
     wait_for(lambda: b"configuration OK" in slow.logs(), "it starts", slow.logs)
     slow.kill("SIGTERM")
     end(slow)
-    assert sh(ready(start(KEPT)), IMAGES) == "kept"
+    assert run_shell(ready(start(KEPT)), IMAGES) == "kept"
 
 
 def test_the_hook_has_a_limit(start: Start) -> None:
     """A daemon that hangs, here for the hook alone: the flow starts all the same, and says what is wrong."""
     hung = start(KEPT, {"timeout 60": "timeout 1", "until docker info": "until false"})
     hung.hook.result(timeout=20)
-    sh(hung, "ls /hook")
+    run_shell(hung, "ls /hook")

@@ -15,9 +15,12 @@ import pytest
 
 from flows.settings import load_job_template
 from scripts import registry
-from scripts.base import PREFECT
-from tests.kubernetes.conftest import SMALL_IMAGE, Namespace, Submit, on_node
 from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
+from tests.support.containers import PREFECT_IMAGE
+from tests.support.kubectl import on_node
+from tests.support.namespaces import Namespace
+from tests.support.provided_cluster import SMALL_IMAGE
+from tests.support.submitted_runs import Submit
 from tests.support.waiting import wait_for
 
 Row = dict[str, float]  # of a run, its events in seconds after the Job was created
@@ -30,7 +33,7 @@ EVENTS = (
     "daemon ended",
     "Complete",
 )
-IMAGE, LABEL = PREFECT[0], "prefect.io/flow_run_id"
+LABEL = "prefect.io/flow_run_id"
 pytestmark = pytest.mark.timeout(5400)
 
 
@@ -57,7 +60,8 @@ def measure(submit: Submit, namespace: Namespace, quiet: Callable[[], None]) -> 
             quiet()
         run = submit(template, command="true", **parameters)
         run.succeeds()
-        created, complete = namespace.jobs[run.record.id][0][0], run.job_ends()[1]
+        created = namespace.job_created(run.record.id)
+        _, complete = run.job_ends()
         # from the node, for Kubernetes gives whole seconds
         containers = (
             f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
@@ -170,7 +174,7 @@ def test_the_first_pull(
         """Pull and run by the Docker CLI, in native_sidecar's pod."""
         quiet()
         spec = template("native_sidecar")["spec"]["template"]["spec"]
-        script = f"until docker version; do sleep 0.1; done; docker pull --quiet {IMAGE}; docker run --rm {IMAGE} true"
+        script = f"until docker version; do sleep 0.1; done; docker pull --quiet {PREFECT_IMAGE}; docker run --rm {PREFECT_IMAGE} true"
         spec["containers"][0].update(
             image=spec["initContainers"][0]["image"], command=["sh", "-ec", script]
         )
@@ -178,8 +182,12 @@ def test_the_first_pull(
 
     def cold_and_warm(name: str) -> list[Row]:
         job = template(name)
-        rows = [measure(job, image=IMAGE)]
-        return [*rows, measure(job, again=True, image=IMAGE)] if name == "kept_layers" else rows
+        rows = [measure(job, image=PREFECT_IMAGE)]
+        return (
+            [*rows, measure(job, again=True, image=PREFECT_IMAGE)]
+            if name == "kept_layers"
+            else rows
+        )
 
     calls: dict[str, Callable[[], Any]] = {name: partial(cold_and_warm, name) for name in templates}
     found = in_turn(5, {**calls, "floor": floor})
@@ -193,7 +201,7 @@ def test_the_first_pull(
         if name != "gvisor_sidecar":
             ratio = middle(runs[name], "Complete") / least
             targets.append((f"{name}, first pull, over the floor", 1.25, ratio, "times"))
-    text = f"""{IMAGE}, the container runs `true`. Five rounds. The floor is {least:.2f} s: the pod of native_sidecar,
+    text = f"""{PREFECT_IMAGE}, the container runs `true`. Five rounds. The floor is {least:.2f} s: the pod of native_sidecar,
 in which the Docker CLI pulls and runs the image, not the flow."""
     publish(COLD, targets, text, *events(runs), *timeline(runs))
 

@@ -13,18 +13,14 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import (
-    NAMESPACE,
-    Namespace,
-    Run,
-    daemon_of,
-    readme,
-    replaced,
-    shell,
-    start,
-)
+from tests.support.kubectl import NAMESPACE
+from tests.support.namespaces import Namespace
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
+from tests.support.readme import readme
+from tests.support.shell import replaced, shell
+from tests.support.submitted_runs import SubmittedRun, start
+from tests.support.templates import daemon_of
 from tests.support.waiting import wait_for
 
 TEAM = f"{NAMESPACE}-team"
@@ -104,7 +100,7 @@ def test_a_run_under_the_policy_with_an_agent_of_few_rights(
 ) -> None:
     """One with the policy's image of the daemon, and one with another; the Agent deletes the Job that has ended."""
 
-    def submit(image: str) -> Run:
+    def submit(image: str) -> SubmittedRun:
         template = load_job_template("native_sidecar")
         daemon_of(template)["image"] = image
         config = KubernetesRun(job_template=template).serialize()
@@ -118,7 +114,7 @@ def test_a_run_under_the_policy_with_an_agent_of_few_rights(
     bad.fails()
     assert "only dind-daemon may be privileged" in bad.seen()
     good.wait(
-        lambda: "DELETED" in [event for _, event, _ in team.jobs[good.record.id]],
+        lambda: team.job_deleted(good.record.id),
         "the Job is deleted",
         100,
     )

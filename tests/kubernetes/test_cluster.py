@@ -10,22 +10,19 @@ import yaml
 
 from flows.settings import PROJECT, load_job_template
 from scripts import cluster
-from tests.kubernetes.conftest import (
-    FOREVER,
-    HEARTBEAT,
-    Namespace,
-    Pod,
-    Run,
-    Submit,
-    daemon_of,
-    edited,
-    kubectl,
-    on_node,
-    readme,
-    start,
-)
+from tests.support.kubectl import kubectl, on_node
+from tests.support.namespaces import Namespace, RunningPod
 from tests.support.pages import example
 from tests.support.prefect_api import PrefectAPI
+from tests.support.readme import readme
+from tests.support.submitted_runs import (
+    FOREVER,
+    HEARTBEAT,
+    Submit,
+    SubmittedRun,
+    start,
+)
+from tests.support.templates import daemon_of, edited
 
 ASKS = """
 trap 'echo saving; exit' TERM
@@ -60,7 +57,7 @@ done 2>/dev/null
 def test_a_run_in_progress(
     submit: Submit,
     template_name: str,
-    agent: Pod,
+    agent: RunningPod,
     api: PrefectAPI,
 ) -> None:
     """One run is asked all that does not end it, and is cancelled then."""
@@ -224,6 +221,7 @@ def test_a_job_that_is_deleted(submit: Submit, template_name: str) -> None:
     # kubelet may miss that, and finds out when it looks at all its pods, once a minute
     run.wait(lambda: not run.pods(), "the pod is gone", 120)
     run.ends_by_sigterm()
+    run.saves()
 
 
 @pytest.mark.timeout(600)
@@ -365,13 +363,15 @@ def test_the_node_is_configured_as_the_page_says() -> None:
 # What does not depend on the template
 
 
-def test_the_pages(agent: Pod, api: PrefectAPI, namespace: Namespace, small_image: str) -> None:
+def test_the_pages(
+    agent: RunningPod, api: PrefectAPI, namespace: Namespace, small_image: str
+) -> None:
     """After what the fixtures have run of them, in the order of README.md."""
     said = readme("make preflight NAMESPACE=flows")
     assert "wrong" not in said, said
     said = readme("prefect run", {"alpine:3": small_image})
     assert "Flow run succeeded" in said
-    run = Run(namespace, next(reversed(api.flow_runs.values())))
+    run = SubmittedRun(namespace, next(reversed(api.flow_runs.values())))
     assert run.record.state == "Success", run.seen()
     assert agent.name in readme("KUBECONFIG=.kube/config kubectl get pods")
 
@@ -388,9 +388,7 @@ def test_runs_of_all_templates_at_once(
         assert not [other for other in runs if other != text and other in run.logs()]
     for run in runs.values():
         run.wait(lambda run=run: not run.pods(), "the Agent has deleted the Job", 2 * HEARTBEAT)
-        run.wait(
-            lambda run=run: namespace.jobs[run.record.id][-1][1] == "DELETED", "the Job is gone", 10
-        )
+        run.wait(lambda run=run: namespace.job_deleted(run.record.id), "the Job is gone", 10)
 
 
 # Pods that end before their run does: Kubernetes does the same with the pod of each template
@@ -403,6 +401,7 @@ def test_a_job_that_is_out_of_time(submit: Submit) -> None:
     run.container_writes("up")
     run.reaches("Failed", "Success", "Cancelled", timeout=90)
     run.ends_by_sigterm()
+    run.saves()
 
 
 def test_a_node_that_is_drained(submit: Submit) -> None:
@@ -415,6 +414,7 @@ def test_a_node_that_is_drained(submit: Submit) -> None:
     finally:
         kubectl(f"uncordon {cluster.NODE}")
     run.ends_by_sigterm()
+    run.saves()
 
 
 def test_a_pod_that_is_deleted_during_the_pull(submit: Submit, api: PrefectAPI) -> None:
@@ -425,7 +425,7 @@ def test_a_pod_that_is_deleted_during_the_pull(submit: Submit, api: PrefectAPI) 
         run = submit("native_sidecar", image=image)
         pod = run.container_writes(f"Pulling {image}")
         kubectl(f"delete pod {pod.name} --wait=false")
-        run.ends_by_sigterm(saves=False)
+        run.ends_by_sigterm()
 
 
 @pytest.mark.timeout(600)

@@ -23,26 +23,21 @@ from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from scripts import cluster
 from scripts.base import DAEMON
 from scripts.registry import REGISTRY
-from tests.conftest import PREFECT
-from tests.kubernetes.conftest import (
-    FOREVER,
-    LABELS,
-    NAMESPACE,
-    Namespace,
-    Pod,
-    Run,
-    Submit,
-    Template,
-    edited,
-    kubectl,
-    on_node,
-    readme,
-    replaced,
-    shell,
-    start,
-)
+from tests.support.containers import PREFECT_IMAGE
+from tests.support.kubectl import NAMESPACE, kubectl, on_node
+from tests.support.namespaces import Namespace, RunningPod
 from tests.support.pages import example, parameters
 from tests.support.prefect_api import PrefectAPI
+from tests.support.readme import readme
+from tests.support.shell import replaced, shell
+from tests.support.submitted_runs import (
+    AGENT_LABELS,
+    FOREVER,
+    Submit,
+    SubmittedRun,
+    start,
+)
+from tests.support.templates import Template, edited
 from tests.support.waiting import wait_for
 
 
@@ -138,11 +133,11 @@ print("all", sys.argv[1])
 """
 
 
-def test_network_policy(submit: Submit, agent: Pod) -> None:
+def test_network_policy(submit: Submit, agent: RunningPod) -> None:
     """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
     name = f"probe-{uuid.uuid4().hex[:8]}"
     kubectl(
-        f"run {name} --image={PREFECT} --port=80 --expose --command -- python -m http.server 80"
+        f"run {name} --image={PREFECT_IMAGE} --port=80 --expose --command -- python -m http.server 80"
     )
     try:
         kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
@@ -154,7 +149,7 @@ def test_network_policy(submit: Submit, agent: Pod) -> None:
         )
         kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
-        run = submit("native_sidecar", image=PREFECT, command=command, time_limit=120)
+        run = submit("native_sidecar", image=PREFECT_IMAGE, command=command, time_limit=120)
         run.succeeds("all closed")
     finally:
         kubectl(
@@ -237,13 +232,13 @@ def test_the_stores_of_a_node_are_found(store: str) -> None:
 
 @pytest.mark.timeout(600)
 def test_a_template_of_the_agents_is_changed_without_registering(
-    api: PrefectAPI, agent: Pod, namespace: Namespace, small_image: str
+    api: PrefectAPI, agent: RunningPod, namespace: Namespace, small_image: str
 ) -> None:
     """By the commands of the page."""
 
     def run_says(text: str) -> None:
         config = KubernetesRun(
-            job_template_path="agent:///job-template/own.yaml", labels=LABELS
+            job_template_path="agent:///job-template/own.yaml", labels=AGENT_LABELS
         ).serialize()
         parameters = {
             "image": small_image,
@@ -305,7 +300,7 @@ def register(api: PrefectAPI, folder: Path, source: str) -> str:
 
 
 @contextmanager
-def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
+def executing(api: PrefectAPI, run: SubmittedRun, **environment: str) -> Iterator[None]:
     """A flow run's process, as an Agent would start it."""
     environment |= {
         "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"
@@ -322,7 +317,7 @@ def executing(api: PrefectAPI, run: Run, **environment: str) -> Iterator[None]:
         process.wait()
 
 
-def children(api: PrefectAPI, parent: Run) -> list[str]:
+def children(api: PrefectAPI, parent: SubmittedRun) -> list[str]:
     """The states of the runs that a run has started."""
     return sorted(
         run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-")

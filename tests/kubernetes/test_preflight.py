@@ -15,9 +15,11 @@ from prefect.utilities.configuration import set_temporary_config
 
 from flows.settings import load_job_template
 from scripts import cluster, preflight
-from tests.conftest import login
-from tests.kubernetes.conftest import Namespace, Template, daemon_of, edited, shell
+from tests.support.namespaces import Namespace
 from tests.support.prefect_api import PrefectAPI
+from tests.support.registries import login
+from tests.support.shell import shell
+from tests.support.templates import Template, daemon_of, edited
 from tests.support.waiting import wait_for
 
 RBAC = Path(prefect.agent.kubernetes.__path__[0], "rbac.yaml")

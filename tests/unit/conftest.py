@@ -1,7 +1,5 @@
-"""Hermetic: no test here meets this machine's Docker, Kubernetes, Prefect settings, or the internet."""
+"""Hermetic: no test here meets this machine's Docker, Kubernetes or Prefect, or the internet."""
 
-import hashlib
-import json
 import os
 import signal
 import socket
@@ -15,10 +13,14 @@ from prefect.utilities.storage import extract_flow_from_file
 from flows.settings import PROJECT
 from tests.support.fake_docker import FakeDocker
 
-OURS = "FLOW_REGISTRY_URL FLOW_IMAGE_NAME FLOW_IMAGE_TAG FLOW_BASE_IMAGE FLOW_LABELS JOB_TEMPLATE IMAGE COMMAND"
-OURS += " ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT DOCKER_CERT_PATH"
-OURS += " NAMESPACE SERVICE_ACCOUNT PROJECT DOCKER_CONTEXT DOCKER_TLS_VERIFY REQUESTS_CA_BUNDLE CURL_CA_BUNDLE"
-PROXIES = "http_proxy HTTP_PROXY https_proxy all_proxy ALL_PROXY no_proxy NO_PROXY"
+# What flows and scripts read from the environment, and what the libraries below them do.
+VARIABLES = """
+FLOW_REGISTRY_URL FLOW_IMAGE_NAME FLOW_IMAGE_TAG FLOW_BASE_IMAGE FLOW_LABELS JOB_TEMPLATE
+IMAGE COMMAND ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT
+NAMESPACE SERVICE_ACCOUNT PROJECT
+DOCKER_CERT_PATH DOCKER_CONTEXT DOCKER_TLS_VERIFY REQUESTS_CA_BUNDLE CURL_CA_BUNDLE
+http_proxy HTTP_PROXY https_proxy all_proxy ALL_PROXY no_proxy NO_PROXY
+"""
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +33,7 @@ def nowhere() -> Iterator[int]:
 
 @pytest.fixture(autouse=True)
 def _hermetic(monkeypatch: pytest.MonkeyPatch, nowhere: int, tmp_path: Path) -> Iterator[None]:
-    for name in f"{OURS} {PROXIES}".split():
+    for name in VARIABLES.split():
         monkeypatch.setenv(name, "")  # first, so that monkeypatch takes back what the code sets
         monkeypatch.delenv(name)
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{nowhere}")
@@ -47,20 +49,6 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDocker]:
     monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
     with FakeDocker() as fake:
         yield fake
-
-
-def docker_context(monkeypatch: pytest.MonkeyPatch, folder: Path, host: str) -> None:
-    """Make a Docker context in DOCKER_CONFIG the current one, as `docker context create` and `… use` do."""
-    meta = folder / "contexts" / "meta" / hashlib.sha256(b"colima").hexdigest()
-    meta.mkdir(parents=True)
-    (folder / "config.json").write_text('{"currentContext": "colima"}')
-    content = {
-        "Name": "colima",
-        "Metadata": {},
-        "Endpoints": {"docker": {"Host": host, "SkipTLSVerify": False}},
-    }
-    (meta / "meta.json").write_text(json.dumps(content))
-    monkeypatch.delenv("DOCKER_HOST")
 
 
 @pytest.fixture

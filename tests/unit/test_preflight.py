@@ -16,18 +16,20 @@ import yaml
 from prefect.utilities.configuration import set_temporary_config
 
 from scripts import preflight
+from tests.support.docker_context import docker_context
 from tests.support.fake_docker import FakeDocker
 from tests.support.prefect_api import PrefectAPI
-from tests.unit.conftest import docker_context
 
 Said = dict[str, tuple[str, str]]
-Run = Callable[..., Said]
+RunPreflight = Callable[..., Said]
 Server = Callable[[int, bytes], str]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run all checks; the result is the outcome of each by its name, and what is said."""
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> RunPreflight:
+    """RunPreflight all checks; the result is the outcome of each by its name, and what is said."""
 
     def run(prefect_api: str = "", kubeconfig: str = "", **environment: str) -> Said:
         for name, value in environment.items():
@@ -85,7 +87,7 @@ def kubeconfig(url: str) -> str:
     return f"{{current-context: there, contexts: [{context}], clusters: [{clusters}], users: [{users}]}}"
 
 
-def test_nothing_is_there(run: Run, nowhere: int) -> None:
+def test_nothing_is_there(run: RunPreflight, nowhere: int) -> None:
     url = f"http://127.0.0.1:{nowhere}"
     said = run(url, kubeconfig(url))
     outcomes = ["fine", "wrong", "wrong", *["not checked"] * 6, "wrong", "not checked"]
@@ -99,7 +101,7 @@ def test_nothing_is_there(run: Run, nowhere: int) -> None:
     assert "Connection refused → start it" in said["Prefect"][1]
 
 
-def test_a_template_that_cannot_be_used(run: Run) -> None:
+def test_a_template_that_cannot_be_used(run: RunPreflight) -> None:
     outcome, text = run(JOB_TEMPLATE="[bold]")["settings"]
     assert (outcome, text.partition(": ")[0]) == ("wrong", "JOB_TEMPLATE is '[bold]'")
 
@@ -115,7 +117,7 @@ URLS = ["", "5", "http://[::1", "ftp://127.0.0.1", f"http://{'a' * 70}.example"]
         *map(kubeconfig, URLS),
     ],
 )
-def test_kubeconfigs(run: Run, content: str) -> None:
+def test_kubeconfigs(run: RunPreflight, content: str) -> None:
     outcome, text = run(kubeconfig=content)["cluster"]
     assert outcome == "wrong"
     assert " → start it, or choose another one: KUBECONFIG, kubectl config use-context" in text
@@ -139,14 +141,14 @@ def test_kubeconfigs(run: Run, content: str) -> None:
     ],
 )
 def test_what_is_neither_kubernetes_nor_prefect(
-    run: Run, server: Server, status: int, body: bytes
+    run: RunPreflight, server: Server, status: int, body: bytes
 ) -> None:
     url = server(status, body)
     said = run(url, kubeconfig(url), PROJECT="containers")
     assert said["cluster"][0] == said["Prefect"][0] == "wrong"
 
 
-def test_prefect_and_its_agents(run: Run) -> None:
+def test_prefect_and_its_agents(run: RunPreflight) -> None:
     """The Agent for the flow's labels, as Prefect Server chooses it."""
     with PrefectAPI() as api:
         assert run(api.url)["Prefect"] == (
@@ -172,7 +174,9 @@ def test_prefect_and_its_agents(run: Run) -> None:
         assert not api.errors
 
 
-def test_a_template_that_only_the_agent_sees(run: Run, server: Server, nowhere: int) -> None:
+def test_a_template_that_only_the_agent_sees(
+    run: RunPreflight, server: Server, nowhere: int
+) -> None:
     """The cluster is at localhost, which is not asked through a proxy."""
     url = server(200, b'{"gitVersion": "v1.37.2"}')
     proxy = f"http://127.0.0.1:{nowhere}"
@@ -185,7 +189,7 @@ def test_a_template_that_only_the_agent_sees(run: Run, server: Server, nowhere: 
 
 
 def test_an_engine_of_a_docker_context(
-    run: Run, fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: RunPreflight, fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`docker` uses it, and `prefect register` does not."""
     fake.version = {"ApiVersion": "1.44", "Version": "29.9.0"}, 200

@@ -17,8 +17,8 @@ from docker.context import ContextAPI
 from flows.settings import PROJECT
 from scripts import cluster, engine, run
 from scripts.base import SetupError
+from tests.support.docker_context import docker_context
 from tests.support.waiting import wait_for
-from tests.unit.conftest import docker_context
 
 
 @pytest.fixture(autouse=True)

@@ -11,13 +11,14 @@ from typing import Any
 import docker
 from docker.errors import ImageNotFound
 
+from flows.settings import PROJECT
 from scripts.airgap import images
 from scripts.base import CACHE, DAEMON, LABELS
 from scripts.cluster import DEFAULT_NODE
 from scripts.images import provide
-from tests.conftest import busybox
+from tests.support.containers import import_busybox
 
-INIT = Path(__file__).resolve().parent / "node"
+INIT = PROJECT / "tests" / "cgroup2" / "node"
 INNER = "docker-sidecar-tests:cgroup2"  # the image of the pods' sandboxes, and of the containers in their daemons
 IMPORT = """
 containerd >/dev/null & until ctr version >/dev/null 2>&1; do kill -0 $!; sleep 0.1; done
@@ -58,7 +59,7 @@ def _build(client: docker.DockerClient, node_image: str, work: Path) -> None:
     tree, tars, kernel, ready = (work / name for name in ("tree", "images", "kernel", "ready"))
     for folder in (tree, tars, ready):
         folder.mkdir()
-    for name in (DAEMON, busybox(client, INNER, "CMD sleep infinity")):
+    for name in (DAEMON, import_busybox(client, INNER, "CMD sleep infinity")):
         with (tars / name.replace(":", "-")).open("wb") as file:
             file.writelines(client.images.get(name).save(named=name))
     node = client.containers.create(node_image)

@@ -1,0 +1,28 @@
+"""The commands of the pages, run as a user does, but on what is there for the tests."""
+
+import os
+from collections.abc import Mapping
+
+from scripts import cluster, registry
+from tests.support.kubectl import NAMESPACE
+from tests.support.pages import command, commands
+from tests.support.session import SESSION
+from tests.support.shell import replaced, shell
+
+
+def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
+    """Run the one command of the pages that starts like this, and return what it writes."""
+    exports = [line for line in commands() if line.startswith("export ")]
+    script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
+    names = {
+        "http://your-server:4200": os.environ["DOCKER_SIDECAR_TESTS_API"],
+        "registry.example.com/team/": f"{registry.REGISTRY}/",
+        "namespace flows": f"namespace {NAMESPACE}",
+        "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
+    }
+    return shell(
+        replaced(script, {**names, **(instead or {})}),
+        HOME=os.environ["DOCKER_SIDECAR_TESTS"],
+        KUBECONFIG=str(cluster.KUBECONFIG),
+        FLOW_IMAGE_TAG=SESSION,  # which the node has not pulled
+    )
