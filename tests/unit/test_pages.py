@@ -23,6 +23,7 @@ from tests.support import pages
 LINKED = [
     *pages.PAGES,
     PROJECT / "CHANGELOG.md",
+    *PROJECT.glob("deploy/*.md"),
     *PROJECT.glob("scripts/**/*.md"),
     *PROJECT.glob("tests/**/*.md"),
 ]
