@@ -1,23 +1,25 @@
 """The pages' examples and sessions that need a Docker daemon, and no cluster."""
 
 import io
-import json
 import os
 import re
-import shlex
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import docker
 import pytest
 
 from flows.settings import PROJECT
+from scripts import registry
 from scripts.base import DAEMON, PREFECT
 from scripts.registry import push, registry_address
+from tests.support import pages
 from tests.support.containers import import_busybox, running_container
-from tests.support.daemons import private_network, run_daemon
+from tests.support.daemons import Daemon, private_network, run_daemon
 from tests.support.local_runs import RunFlow
-from tests.support.pages import console, example
+from tests.support.pages import console, example, parameters
 
 PROXY = """
 import http.client, http.server, sys
@@ -37,37 +39,125 @@ http.server.ThreadingHTTPServer(("", 3128), Handler).serve_forever()
 """
 
 
-@pytest.mark.usefixtures("engine")
-def test_make_run_looks_like_this(capfd: pytest.CaptureFixture[str]) -> None:
+def test_make_run_looks_like_this(engine: docker.DockerClient) -> None:
+    """Each session of the pages, in order; `…` stands for what differs."""
+    name = import_busybox(engine, "docker-sidecar-tests:pages")
+    image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/pages:1')}"
     sessions = [
-        (command, output)
+        (command.replace("alpine:3", image), "\n".join(output).replace("alpine:3", image))
         for command, output in console().items()
-        if output and "make run" in command
+        if output and command.startswith("make run")
     ]
-    assert sessions
+    assert len(sessions) >= 2
     for command, output in sessions:
-        subprocess.run(["bash", "-c", command], cwd=PROJECT, check=True)
-        printed = capfd.readouterr().out
-        said = iter(
-            re.sub(r"^\[\d.*?\]", "[…]", line) for line in printed.splitlines()
-        )  # without the time
-        for line in output:
-            assert line in said, f"not there, or not in this order: {line}\n{printed}"
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert (done.returncode == 0) == ("SUCCESS" in output), done.stdout
+        printed = iter(done.stdout.splitlines())
+        for line in output.splitlines():
+            pattern = re.escape(line).replace("…", ".*")
+            assert any(re.fullmatch(pattern, each) for each in printed), (
+                f"not there, or not in this order: {line}\n{done.stdout}"
+            )
 
 
-def test_parameters(flow_run: RunFlow, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parameters(flow_run: RunFlow, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of docs/parameters.md, on a daemon that cannot pull alpine."""
     monkeypatch.setenv("API_KEY", "the flow's own")
-    outcomes = []
-    for line in example("parameters").splitlines():
-        [_, pair] = shlex.split(line, comments=True)
-        name, _, value = pair.partition("=")
-        run = flow_run(**{"command": "env", name: json.loads(value)})
-        outcomes.append((run.state.message, run.output("INFO")))
-    assert "exited with code 3" in outcomes[0][0]
-    assert outcomes[1][1].endswith("ONE")
-    assert "GREETING=hello" in outcomes[2][1]
-    assert "API_KEY=the flow's own" in outcomes[4][1]
-    assert [message for message, _ in outcomes[1:]] == ["All reference tasks succeeded."] * 5
+    sidecar.container.exec_run(["mkdir", "-p", "/workspace"])
+
+    def outcome(name: str) -> tuple[str, str]:
+        given = {**parameters(example(name))}
+        given.pop("image", None)
+        run = flow_run(**given)
+        return str(run.state.message), run.output("INFO")
+
+    assert outcome("exit-code")[0].startswith("Exited with code 3")
+    assert outcome("pipe")[1].endswith("ONE")
+    assert "GREETING=hello" in outcome("environment")[1]
+    assert "API_KEY=the flow's own" in outcome("secret")[1]
+    message, output = outcome("limits")
+    assert message == "All reference tasks succeeded."
+    assert "/workspace" in output
+
+
+def test_an_own_flow_on_the_engine(engine: docker.DockerClient, tmp_path: Path) -> None:
+    """In a repository of one's own, with the commands of the pages."""
+    name = import_busybox(engine, "docker-sidecar-tests:own")
+    image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/own:1')}"
+    copy = example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT))
+    shared = tmp_path / "shared"
+    try_it = example("try-own").replace("/tmp/shared", str(shared))
+    try_it = try_it.replace("unix:///var/run/docker.sock", os.environ["DOCKER_HOST"])
+    script = f"{copy}\ncat >flows/two_containers.py\n{try_it}"
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("PYTHONPATH", None)
+    source = example("two-containers").replace("alpine:3", image)
+    done = subprocess.run(
+        ["bash", "-euc", script],
+        input=source,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        assert done.returncode == 0, done.stdout
+        assert (shared / "sorted").read_text().split() == ["apple", "pear", "plum"], done.stdout
+    finally:
+        for each in engine.containers.list(all=True, filters={"ancestor": image}):
+            each.remove(force=True, v=True)
+
+
+@pytest.fixture(scope="module")
+def zsh() -> str:
+    """The Mac's shell; on Debian a package has it."""
+    if not shutil.which("zsh"):
+        subprocess.run([PROJECT / "scripts" / "apt-install.sh", "zsh"], check=True)
+    return "zsh"
+
+
+STUB = """#!/bin/sh
+line=${0##*/}
+for word; do line="$line <$word>"; done
+printf '%s\\n' "$line" >>"$SEEN"
+"""
+# what the pages call that is no builtin of bash and zsh
+PROGRAMS = re.compile(r"(?:^|[|&;(]|\bdo\b|\$\()\s*(?:\w+=\S+\s+)*([\w./-]+)", re.M)
+
+
+def test_bash_and_zsh_read_the_commands_alike(zsh: str, tmp_path: Path) -> None:
+    """Each is pasted into an interactive shell, where all programs only note their arguments."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    seen = {}
+    for number, (_, script) in enumerate(pages.scripts()):
+        for program in PROGRAMS.findall(script):
+            path = programs / Path(program).name
+            path.write_text(STUB)
+            path.chmod(0o755)
+        for shell, options in (("bash", ["--norc", "-i"]), (zsh, ["-f", "-i"])):
+            folder = tmp_path / f"{number}-{shell}"
+            folder.mkdir()
+            notes = folder / "seen"
+            path = str(programs)
+            subprocess.run(
+                [shutil.which(shell) or shell, *options],
+                input=script + "\n",
+                cwd=folder,
+                env={"PATH": path, "SEEN": str(notes), "HOME": str(folder), "TERM": "dumb"},
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                text=True,
+            )
+            seen[shell] = sorted(notes.read_text().splitlines()) if notes.exists() else []
+        assert seen["bash"] == seen[zsh], script
 
 
 def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""All pages: make has the targets, examples can be parsed, and links lead somewhere. Other tests run the examples."""
+"""All pages: make has the targets, examples can be parsed, and links lead somewhere.
+
+Other tests run the examples.
+"""
 
 import itertools
 import json
@@ -15,9 +18,11 @@ import toml
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from prefect.cli.build_register import TerminalError
+from prefect.cli.run import load_json_key_values
 
 from flows.parameters import validate_parameters
-from flows.settings import PROJECT
+from flows.settings import PROJECT, load_job_template
 from tests.support import pages
 
 LINKED = [
@@ -34,6 +39,21 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "toml": toml.loads,
     "yaml": lambda text: list(yaml.safe_load_all(text)),
 }
+PREFECT_RUN = sorted(
+    command
+    for _, text in pages.scripts()
+    for command in pages.split(text)
+    if command.startswith("prefect run --project")
+)
+# kinds and verbs of kubectl that are not of a namespace
+CLUSTER_WIDE = re.compile(
+    r"kubectl (version|kustomize|label node|taint|cordon|patch --local|set serviceaccount --local)"
+    r"|(create|delete|label|get) namespaces?\b|-k |--all-namespaces|--kustomize"
+)
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(PROJECT).as_posix()
 
 
 @pytest.mark.parametrize(
@@ -46,18 +66,85 @@ def test_make_has_the_target(command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("language", "name", "text"), pages.blocks())
-def test_code_is_valid(language: str, name: str, text: str) -> None:
-    assert language in {*PARSERS, "console", "dockerfile", "mermaid", "text"}, (
-        "the tests know no such language"
-    )
-    PARSERS.get(language, str)(text)
+@pytest.mark.parametrize("block", pages.blocks(), ids=lambda block: block.name)
+def test_code_is_valid(block: pages.Block) -> None:
+    if block.language in PARSERS:
+        PARSERS[block.language](block.text)
+    else:
+        assert block.language in ("console", "dockerfile", "mermaid", "text")
 
 
-def test_a_run_may_have_the_parameters_for_s3(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "of the flow's container")
-    assert validate_parameters(pages.parameters(pages.example("s3-parameters"))) is None
+@pytest.mark.parametrize(("page", "script"), pages.scripts())
+def test_shell_holds_no_comments(page: Path, script: str) -> None:
+    """In an interactive zsh, the Mac's shell, a # is a word as any other."""
+    assert not pages.COMMENT.search(pages.without_quotes(script)), page_name(page)
+
+
+@pytest.mark.parametrize(("page", "script"), pages.scripts())
+def test_kubectl_names_its_namespace(page: Path, script: str) -> None:
+    for command in re.split(r"&&|\|\|?|\n(?!\s)", pages.joined(script)):
+        if command.strip().startswith("kubectl") and not CLUSTER_WIDE.search(command):
+            assert re.search(r"--namespace[ =]|--filename", command), (
+                f"{page_name(page)}: {command}"
+            )
+
+
+@pytest.mark.parametrize("command", PREFECT_RUN)
+def test_a_run_may_have_the_parameters(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = pages.parameters(command)
+    environment = parameters.get("environment")
+    for name in environment if isinstance(environment, list) else []:
+        monkeypatch.setenv(name.partition("=")[0], "of the flow's container")
+    assert validate_parameters(parameters) is None
+
+
+def test_examples_of_parameters_are_whole_commands() -> None:
+    assert [code for code in pages.inline_code() if code.startswith("--param ")] == []
+
+
+def test_what_prefect_makes_of_a_parameter() -> None:
+    """The table of docs/parameters.md: what is written after --param, and its JSON."""
+    rows = re.findall(r"^\| `(\w+=.*?)` \| (.*) \|$", page_text("docs/parameters.md"), re.M)
+    assert len(rows) >= 8
+    for written, becomes in rows:
+        [given] = shlex.split(written)
+        name = given.partition("=")[0]
+        if becomes.startswith("nothing"):
+            with pytest.raises(TerminalError, match=r"Failed to parse JSON for parameter"):
+                load_json_key_values([given], "parameter")
+        else:
+            expected = json.loads(re.findall("`(.*?)`", becomes)[0])
+            assert load_json_key_values([given], "parameter") == {name: expected}
+
+
+def page_text(path: str) -> str:
+    return (PROJECT / path).read_text(encoding="utf-8")
+
+
+def test_daemon_json_must_not_have_what_a_template_sets() -> None:
+    """docs/kubernetes.md names each flag of a template: dockerd refuses a second value."""
+    named = set(re.findall(r"`([a-z0-9-]+)`", page_text("docs/kubernetes.md")))
+    for name in ("docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"):
+        spec = load_job_template(name)["spec"]["template"]["spec"]
+        containers = [*spec.get("initContainers", []), *spec["containers"]]
+        [daemon] = [each for each in containers if each["name"] == "dind-daemon"]
+        flags = re.findall(
+            r"--([a-z0-9-]+)=", json.dumps([daemon.get("command"), daemon.get("args")])
+        )
+        keys = {"hosts" if flag == "host" else flag for flag in flags}
+        assert "hosts" in keys
+        assert keys <= named, f"{name}: not on the page: {keys - named}"
+
+
+def test_the_index_leads_to_each_page() -> None:
+    index = page_text("docs/README.md")
+    for page in PROJECT.glob("docs/*.md"):
+        assert f"]({page.name}" in index or page.name == "README.md", page.name
+
+
+def test_the_changelog_has_this_version() -> None:
+    version = toml.loads(page_text("pyproject.toml"))["project"]["version"]
+    assert f"## [{version}]" in page_text("CHANGELOG.md")
 
 
 @cache
@@ -78,7 +165,7 @@ def anchors(page: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.relative_to(PROJECT).as_posix())
+@pytest.mark.parametrize("page", LINKED, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     inline = [part for token in parsed(page) for part in token.children or []]
     links = [
@@ -97,7 +184,3 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), (
             f"{link}: {anchors(target)}"
         )
-
-
-def test_the_readme_is_short() -> None:
-    assert len((PROJECT / "README.md").read_text(encoding="utf-8").split()) <= 1000
