@@ -13,7 +13,7 @@ from typing import Any
 
 import docker
 import prefect
-from docker.errors import DockerException, InvalidArgument
+from docker.errors import DockerException
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 from prefect.utilities.tasks import defaults_from_attrs
@@ -28,8 +28,8 @@ from flows.daemon import (
     failure,
     wait_for_daemon,
 )
+from flows.options import container_options, environment_strings, host_options
 from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
-from flows.parameters import environment_strings
 from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
 
@@ -173,7 +173,7 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
         if not image_name:
             raise ValueError("CreateContainer: image_name must be provided.")
         with docker_errors_as_failures("Creating the container", docker_server_url):
-            client = connect(docker_server_url)
+            host = self._host_options(host_config or {})
             options: dict[str, Any] = {
                 "name": container_name,
                 "command": command,
@@ -181,27 +181,24 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
                 "entrypoint": entrypoint,
                 "environment": environment_strings(environment or {}),
                 "volumes": volumes,
-                "host_config": call_sdk(client.create_host_config, **(host_config or {})),
             }
-            options.update(extra_docker_kwargs or {})
-            self._adapt_host_config(options["host_config"] or {})
+            options.update(container_options(extra_docker_kwargs or {}))
             options["labels"] = self._with_run_label(options.get("labels") or {})
-            container = call_sdk(client.create_container, image_name, **options)
+            client = connect(docker_server_url)
+            options["host_config"] = call_sdk(client.create_host_config, **host)
+            container = call_sdk(client.create_container, image=image_name, **options)
         for warning in container.get("Warnings") or ():  # such as a limit it cannot enforce
             self.logger.warning(f"Docker: {warning}")
         return str(container["Id"])
 
-    def _adapt_host_config(self, host_config: dict[str, Any]) -> None:
-        """Refuse a restart policy, and leave auto_remove out."""
-        policy = (host_config.get("RestartPolicy") or {}).get("Name")
-        if policy not in (None, "", "no"):
-            raise InvalidArgument(
-                f"the restart policy {policy!r} hides the container's exit; use Prefect's retries"
-            )
-        if host_config.pop("AutoRemove", False):
+    def _host_options(self, host_config: dict[str, Any]) -> dict[str, Any]:
+        """The checked options for the host, without auto_remove."""
+        options = host_options(host_config)
+        if options.pop("auto_remove", False):
             self.logger.warning(
                 "auto_remove is left out: the container is needed for its exit code and its output"
             )
+        return options
 
     def _with_run_label(self, labels: dict[str, str] | list[str]) -> dict[str, str]:
         """A container's labels, and the one that names the flow run."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import uuid
 from contextlib import suppress
@@ -39,7 +40,8 @@ def parameters() -> dict[str, Any]:
             except ValueError as error:  # it is text then; a command may be the program [
                 notes[name.lower()] = f" ({name} is not JSON: {error})"
     if problem := validate_parameters(found):
-        sys.exit(f"run: {problem}{notes.get(problem.split()[0], '')}")
+        name = re.split(r"\W", problem, maxsplit=1)[0]
+        sys.exit(f"run: {problem}{notes.get(name, '')}")
     return found
 
 

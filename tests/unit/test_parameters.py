@@ -1,10 +1,13 @@
 """What a run's parameters may be, and what is said of others."""
 
+import inspect
+import json
 from typing import Any
 
 import pytest
 
-from flows.parameters import environment_strings, validate_parameters
+from flows.options import environment_strings, nearest
+from flows.parameters import PARAMETERS, validate_parameters
 
 
 @pytest.fixture(autouse=True)
@@ -35,135 +38,138 @@ def test_an_environment_as_json_writes_it() -> None:
     assert environment_strings(MAPPING) == expected
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [
-        dict.fromkeys(
-            ("command", "environment", "host_config", "extra_docker_kwargs", "time_limit")
-        ),
-        {"command": ["true"], "environment": MAPPING, "time_limit": 0.5},
-        {"command": "[ 1 = 1 ]", "environment": LIST, "host_config": {}, "extra_docker_kwargs": {}},
-        {
-            "host_config": {
-                "privileged": True,
-                "binds": ["/workspace:/workspace"],
-                "mem_limit": "1g",
-                "shm_size": 65536,
-            }
-        },
-        {
-            "host_config": {
-                "device_requests": [{"Driver": "nvidia", "Count": -1, "Capabilities": [["gpu"]]}]
-            }
-        },
-        {
-            "host_config": {
-                "auto_remove": True,
-                "ulimits": [{"Name": "nofile", "Soft": 1024}],
-                "nano_cpus": 10**9,
-            }
-        },
-        {
-            "extra_docker_kwargs": {
-                "user": 1000,
-                "entrypoint": ["sh"],
-                "labels": ["a"],
-                "name": "app",
-            }
-        },
-        {
-            "extra_docker_kwargs": {
-                "labels": {"a": "b"},
-                "working_dir": "/tmp",
-                "platform": "linux/arm64",
-            }
-        },
-    ],
-    ids=str,
-)
+def test_the_list_names_the_parameters_of_the_flow(request: pytest.FixtureRequest) -> None:
+    flow = request.getfixturevalue("flow")
+    assert {parameter.name for parameter in PARAMETERS} == {it.name for it in flow.parameters()}
+
+
+def test_an_example_of_each_parameter_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NAME", "value")
+    for parameter in PARAMETERS:
+        for example in parameter.example.split(" or "):
+            value = example if parameter.name == "image" else json.loads(example)
+            assert validate_parameters({parameter.name: value}) is None
+
+
+def test_the_nearest_name() -> None:
+    names = [parameter.name for parameter in PARAMETERS]
+    assert nearest("comand", names) == "did you mean command?"
+    assert nearest("TIMELIMIT", names) == "did you mean time_limit?"
+    assert nearest("xyz", ["a", "b"]) == "known: a, b"
+
+
+VALID: list[dict[str, Any]] = [
+    dict.fromkeys(("command", "environment", "host_config", "extra_docker_kwargs", "time_limit")),
+    {"command": ["true"], "environment": MAPPING, "time_limit": 0.5},
+    {"command": "[ 1 = 1 ]", "environment": LIST, "host_config": {}, "extra_docker_kwargs": {}},
+    {"command": "", "time_limit": 10**9},
+    {"host_config": {"privileged": True, "binds": ["/workspace:/workspace"], "mem_limit": "1g"}},
+    {"host_config": {"shm_size": 65536, "auto_remove": True, "nano_cpus": 10**9}},
+    {"extra_docker_kwargs": {"user": 1000, "entrypoint": ["sh"], "labels": ["a"], "name": "app"}},
+    {"extra_docker_kwargs": {"labels": {"a": "b"}, "working_dir": "/tmp", "platform": "linux"}},
+]
+
+
+@pytest.mark.parametrize("parameters", VALID, ids=str)
 def test_valid_parameters(parameters: dict[str, Any]) -> None:
     assert validate_parameters({"image": "app", **parameters}) is None
 
 
+SECRET = "hunter2"
+WRONG: dict[str, list[tuple[Any, str]]] = {
+    "image": [
+        ("Prefect:1", "is text, and no image reference"),
+        (None, "is null"),
+        (5, "is a number"),
+        (f"user:{SECRET}@registry.example/app:1", "is text, and no image reference"),
+        (f"https://user:{SECRET}@registry.example/app:1", "without https://"),
+        ("X" * 200_000, "is text"),
+    ],
+    "command": [
+        (f"sh -c 'echo {SECRET}", "has a quotation mark or a \\ without its end"),
+        (["sleep", 1], "[1] is a number, not text"),
+        (["login", {"password": SECRET}], "[1] is a mapping, not text"),
+        (5, "is a number"),
+        ({"a": SECRET}, "is a mapping"),
+        (f"['sh','-c','{SECRET}']", "is text that starts with ["),
+        (f'["sh", "{SECRET}"]', "is text that starts with ["),
+        ("sh -c 'echo " + "x" * 20_000, "has a quotation mark"),
+        ([*["x"] * 100_000, 1], "[100000] is a number"),
+    ],
+    "time_limit": [
+        (0, "is a number that is not over 0"),
+        (-1, "is a number that is not over 0"),
+        (float("nan"), "is a number that is not over 0"),
+        (10**400, "far too large"),
+        ("1h", "is text"),
+        (SECRET, "is text"),
+        (True, "is true or false"),
+        ([60], "is a list"),
+        ("x" * 100_000, "is text"),
+    ],
+    "host_config": [
+        (f"{SECRET}", "is text, not a mapping"),
+        (f'{{"mem_limit": "{SECRET}"}}', "is text, not a mapping"),
+        ({"memory": "1g"}, "has the unknown name 'memory'"),
+        ({"mem_limit": SECRET}, ".mem_limit is text that is no size"),
+        ({"privileged": True, "shm_size": f"{SECRET}mb"}, ".shm_size is text that is no size"),
+        ({"binds": 5}, ".binds is a number"),
+        ({"version": "1.41"}, "has the unknown name 'version'"),
+        ({"network_mode": "host", "port_bindings": {"80/tcp": 80}}, "that do not fit together"),
+        ({"x" * 100_000: 1}, "characters"),
+        ({"mem_limit": "x" * 100_000}, "is text that is no size"),
+    ],
+    "extra_docker_kwargs": [
+        ({"usr": 1000}, "has the unknown name 'usr': did you mean user?"),
+        ({"entrypoint": f"sh -c '{SECRET}"}, ".entrypoint has a quotation mark"),
+        ({"labels": SECRET}, ".labels is text, not a mapping or a list"),
+        (["user"], "is a list, not a mapping"),
+        (5, "is a number, not a mapping"),
+        ({"image": None}, "image is a parameter of its own"),
+        ({"command": SECRET}, "command is a parameter of its own"),
+        ({"environment": {"TOKEN": SECRET}}, "environment is a parameter of its own"),
+        ({"host_config": {"mem_limit": SECRET}}, "host_config is a parameter of its own"),
+    ],
+    # the names of variables are said
+    "environment": [
+        ({"B": {"c": SECRET}}, "['B'] is a mapping"),
+        ({"B": [SECRET]}, "['B'] is a list"),
+        ({"B": f"{SECRET}\0"}, "['B'] holds NUL"),
+        ({"": SECRET}, "the name ''"),
+        ({f"K={SECRET}": SECRET}, "the name 'K'"),
+        ({"K\0": SECRET}, "the name 'K"),
+        (f"PASSWORD={SECRET}", "is text"),
+        (5, "is a number"),
+        (["UNSET"], "UNSET, which is not set in the flow's environment"),
+        (["PREFECT__CLOUD__API_KEY"], "PREFECT__CLOUD__API_KEY, which is not set"),
+        ([f"A={SECRET}\0"], "['A'] holds NUL"),
+        (["A=b", ""], "the name ''"),
+        (["A=b", f"={SECRET}"], "the name ''"),
+        (["A=b", 5], "an item that is a number"),
+        (["A=b", {"API_KEY": SECRET}], "an item that is a mapping"),
+        ({"x" * 100_000 + "=": "y"}, "characters"),
+        ({"x" * 100_000: []}, "characters"),
+    ],
+}
+
+
 @pytest.mark.parametrize(
     ("name", "value", "says"),
-    [
-        ("image", "Prefect:1", "'Prefect:1'; give an image reference"),
-        ("image", None, "None; give an image reference"),
-        ("command", "sh -c 'echo", '"sh -c \'echo": No closing quotation'),
-        ("command", ["sleep", 1], "['sleep', 1]; give a string, a list of words or null"),
-        *(
-            ("command", value, """--param command='["sh",""")
-            for value in (5, {"a": 1}, "['sh','-c','x']", '["sh"]')
-        ),
-        *(("time_limit", value, f"{value!r}; give the seconds") for value in (0, -1, "1h", True)),
-        ("host_config", "1g", """--param host_config='{"mem_limit":"1g"}'"""),
-        (
-            "host_config",
-            {"memory": "1g"},
-            "{'memory': '1g'}: got an unexpected keyword argument 'memory'; give a",
-        ),
-        (
-            "host_config",
-            {"privileged": True, "mem_limit": "much"},
-            "'mem_limit': 'much'}: The specified value",
-        ),
-        ("host_config", {"binds": 5}, "{'binds': 5}: "),
-        ("host_config", {"version": "1.41"}, "'version'"),
-        (
-            "host_config",
-            {"network_mode": "host", "port_bindings": {"80/tcp": 80}},
-            "{'80/tcp': 80}}: ",
-        ),
-        ("extra_docker_kwargs", {"usr": 1000}, "'usr'"),
-        ("extra_docker_kwargs", {"entrypoint": "sh -c 'x"}, "No closing quotation"),
-        ("extra_docker_kwargs", {"labels": "a"}, "{'labels': 'a'}"),
-        *(("extra_docker_kwargs", value, "give a mapping") for value in (["user"], 5)),
-        # each is a parameter of its own
-        *(
-            ("extra_docker_kwargs", {it: None}, it)
-            for it in ("image", "command", "environment", "host_config")
-        ),
-        # the names of variables are said, and never their values
-        *(
-            ("environment", {"B": value}, "'B'")
-            for value in ({"c": "hunter2"}, ["hunter2"], "hunter2\0")
-        ),
-        ("environment", {"": "hunter2"}, "''"),
-        ("environment", {"K=hunter2": "hunter2"}, "'K'"),
-        ("environment", {"K\0": "hunter2"}, "K"),
-        *(
-            ("environment", value, """environment='{"NAME":"value"}'""")
-            for value in ("PASSWORD=hunter2", 5)
-        ),
-        ("environment", ["UNSET"], "UNSET is not set in the flow's environment"),
-        (
-            "environment",
-            ["PREFECT__CLOUD__API_KEY"],
-            "PREFECT__CLOUD__API_KEY is not set in the flow's environment",
-        ),
-        ("environment", ["A=hunter2\0"], "environment['A']"),
-        *(
-            ("environment", ["A=b", item], "the name ''")
-            for item in ("", "=hunter2", 5, {"API_KEY": "hunter2"})
-        ),
-        # messages are short
-        ("image", "X" * 200_000, "characters"),
-        ("command", "sh -c 'echo " + "x" * 20_000, "characters"),
-        ("command", [*["x"] * 100_000, 1], "characters"),
-        ("environment", {"x" * 100_000 + "=": "y"}, "characters"),
-        ("environment", {"x" * 100_000: []}, "characters"),
-        ("host_config", {"x" * 100_000: 1}, "characters"),
-        ("host_config", {"mem_limit": "x" * 100_000}, "characters"),
-        ("time_limit", "x" * 100_000, "characters"),
-    ],
+    [(name, value, says) for name, cases in WRONG.items() for value, says in cases],
     ids=lambda value: str(value)[:50],
 )
 def test_invalid_parameters(name: str, value: Any, says: str) -> None:
+    """The message starts with the name, is short, has no value, and ends with what to give."""
     fault = validate_parameters({"image": "app", name: value})
     assert fault is not None
-    assert fault.startswith(f"{name} is ")
+    assert fault.startswith(name)
     assert says in fault
-    assert f" as in --param {name}=" in fault
-    assert "hunter2" not in fault
-    assert len(fault) < 500
+    assert "; give " in fault
+    assert ", e.g. " in fault
+    assert SECRET not in fault
+    assert len(fault) < 560
+
+
+def test_a_check_for_each_parameter_raises_by_itself() -> None:
+    for parameter in PARAMETERS:
+        assert len(inspect.signature(parameter.check).parameters) == 1

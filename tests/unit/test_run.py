@@ -33,11 +33,11 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("IMAGE", "no image", "run: image is 'no image'"),
+        ("IMAGE", "no image", "run: image is text, and no image reference"),
         ("COMMAND", '["sh",', "run: command is "),
         ("ENVIRONMENT", '{"A": 1', "(ENVIRONMENT is not JSON: Expecting ',' delimiter"),
-        ("TIME_LIMIT", "1h", "run: time_limit is '1h'; give the seconds"),
-        ("TIME_LIMIT", "-1", "run: time_limit is -1"),
+        ("TIME_LIMIT", "1h", "run: time_limit is text; give a number of seconds"),
+        ("TIME_LIMIT", "-1", "run: time_limit is a number that is not over 0"),
     ],
 )
 def test_invalid_values_are_refused_at_once(

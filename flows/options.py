@@ -1,0 +1,468 @@
+"""Docker's options of a container, as JSON gives them. A name that Docker does not know is refused.
+
+Docker itself ignores such a name. Its API calls a mount's option ``ReadOnly``, so that with
+``{"read_only": true}`` the folder would be writable. Here both spellings are understood. The names
+are read from the Docker SDK's own types; a list stands here only where the SDK has no type.
+No message has a value, because values may be secrets.
+"""
+
+import difflib
+import inspect
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import docker
+from docker.constants import DEFAULT_DOCKER_API_VERSION as VERSION
+from docker.errors import DockerException, InvalidArgument, InvalidVersion
+from docker.types import (
+    ContainerConfig,
+    DeviceRequest,
+    DriverConfig,
+    EndpointConfig,
+    Healthcheck,
+    HostConfig,
+    LogConfig,
+    Mount,
+    NetworkingConfig,
+    Ulimit,
+)
+from docker.utils import convert_port_bindings, convert_volume_binds, parse_devices
+
+from flows.daemon import abbreviated
+
+
+def kind(value: Any) -> str:
+    """What a value is, in words that fit JSON, ``prefect run --param`` and Prefect's UI."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, (list, tuple)):
+        return "a list"
+    return f"of type {type(value).__name__}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to write in place of an unknown name: the nearest one, or all if none is near."""
+    spellings = {_plain(each): each for each in known}
+    found = difflib.get_close_matches(_plain(name), spellings, n=1)
+    if found:
+        return f"did you mean {spellings[found[0]]}?"
+    return f"known: {', '.join(spellings.values())}"
+
+
+def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str, str | None]:
+    """An environment as Docker takes it: true, false and numbers as JSON writes them.
+
+    In a list, ``NAME`` alone has the value that the flow's process has, as with
+    ``docker run --env``. In a mapping, None stays: Docker removes the variable that the image sets.
+    Raises InvalidArgument on a name or a value that Docker cannot hold, or that the flow does not
+    have.
+    """
+    if isinstance(environment, list):
+        environment = _listed_environment(environment)
+    if not isinstance(environment, Mapping):
+        raise InvalidArgument(f"environment is {kind(environment)}")
+    strings: dict[str, str | None] = {}
+    for name, value in environment.items():
+        shown = _shown(name)
+        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+            needed = "a name is text, not empty, without '=' or NUL"
+            raise InvalidArgument(f"environment has the name {shown}: {needed}")
+        if value is None or isinstance(value, str):
+            strings[name] = value
+        elif isinstance(value, (int, float)):
+            strings[name] = json.dumps(value)
+        else:
+            needed = "text, a number, true, false or null"
+            raise InvalidArgument(f"environment[{shown}] is {kind(value)}, not {needed}")
+        if "\0" in str(value):
+            raise InvalidArgument(f"environment[{shown}] holds NUL")
+    return strings
+
+
+def _listed_environment(environment: list[Any]) -> dict[str, str]:
+    """An environment that is given as a list of ``NAME=value`` and ``NAME``."""
+    values = {}
+    for item in environment:
+        if not isinstance(item, str):
+            raise InvalidArgument(f"environment has an item that is {kind(item)}, not text")
+        name, equals, value = item.partition("=")
+        if not name:
+            raise InvalidArgument("environment has the name '': an item is empty, or starts with =")
+        if not equals:
+            if name.startswith("PREFECT__") or name not in os.environ:
+                cause = "is not set in the flow's environment, or is Prefect's own"
+                raise InvalidArgument(f"environment has {abbreviated(name)}, which {cause}")
+            value = os.environ[name]
+        values[name] = value
+    return values
+
+
+def check_words(words: Any, where: str) -> None:
+    """Check a command or an entrypoint: a list of words, or text that the SDK splits into words."""
+    if isinstance(words, str):
+        try:
+            split = shlex.split(words)
+        except ValueError:
+            raise InvalidArgument(f"{where} has a quotation mark or a \\ without its end") from None
+        if split and split[0].startswith("[") and split[0] != "[":
+            raise InvalidArgument(f"{where} is text that starts with [, and no JSON list")
+    elif isinstance(words, list):
+        for index, word in enumerate(words):
+            if not isinstance(word, str):
+                raise InvalidArgument(f"{where}[{index}] is {kind(word)}, not text")
+    else:
+        raise InvalidArgument(f"{where} is {kind(words)}")
+
+
+def host_options(given: Any) -> dict[str, Any]:
+    """Check ``host_config``, and return it as ``create_host_config()`` of the Docker SDK takes it.
+
+    Raises InvalidArgument on a name that neither the SDK nor Docker knows, at any depth, and on a
+    restart policy.
+    """
+    options = _known(given, _parameters(HostConfig), "host_config")
+    for name, value in options.items():
+        where = f"host_config.{name}"
+        if name in _IGNORED:
+            raise InvalidArgument(f"{where} has no effect: {_IGNORED[name]}")
+        if value is not None and name in _NESTED:
+            options[name] = _NESTED[name](value, where)
+        _try(where, value, HostConfig, VERSION, **{name: options[name]})
+    # an option that is right on its own may not go with another one
+    _try("host_config", options, HostConfig, VERSION, **options)
+    return options
+
+
+def container_options(given: Any) -> dict[str, Any]:
+    """Check ``extra_docker_kwargs``, and return it as the SDK's ``create_container()`` takes it.
+
+    Raises InvalidArgument as ``host_options`` does, and for what a task takes as an argument of its
+    own.
+    """
+    where = "extra_docker_kwargs"
+    options = _known(given, _parameters(docker.APIClient.create_container), where)
+    for name, value in options.items():
+        if name in ("image", "command", "environment", "host_config"):
+            raise InvalidArgument(f"{where}.{name}: {name} is a parameter of its own")
+        if name == "runtime":
+            raise InvalidArgument(f"{where}.{name} has no effect: write it in host_config")
+        if value is not None and name in _NESTED:
+            options[name] = _NESTED[name](value, f"{where}.{name}")
+    in_request = _parameters(ContainerConfig)
+    for name, value in options.items():
+        if name in in_request:
+            _try(f"{where}.{name}", value, ContainerConfig, VERSION, "", "", **{name: value})
+    return options
+
+
+# ------------------------------------------------------------------------------ names and values
+
+
+def _plain(name: str) -> str:
+    """A name without what differs between spellings: read_only and ReadOnly are the same."""
+    return name.replace("_", "").replace("-", "").casefold()
+
+
+def _shown(name: Any) -> str:
+    """A name for a message, without what follows a =, which would be a value."""
+    return abbreviated(repr(str(name).partition("=")[0]))
+
+
+def _known(given: Any, names: Iterable[str], where: str) -> dict[str, Any]:
+    """A mapping whose names are all known, with each name in the known spelling."""
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a mapping")
+    spellings = {_plain(name): name for name in names}
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        spelling = spellings.get(_plain(str(name)))
+        if spelling is None:
+            hint = nearest(str(name)[:80], spellings.values())
+            raise InvalidArgument(f"{where} has the unknown name {_shown(name)}: {hint}")
+        if spelling in found:
+            raise InvalidArgument(f"{where} has {spelling} twice")
+        found[spelling] = value
+    return found
+
+
+def _items(given: Any, where: str) -> list[tuple[Any, str]]:
+    """The items of a list, each with where it is."""
+    if not isinstance(given, (list, tuple)):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a list")
+    return [(item, f"{where}[{index}]") for index, item in enumerate(given)]
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    """The names of a function's parameters, without those that the SDK fills in."""
+    names = inspect.signature(function).parameters
+    return [name for name in names if name not in ("self", "version")]
+
+
+def _properties(sdk_type: type) -> list[str]:
+    """The names of what one of the SDK's types holds, where its constructor takes any name."""
+    return [name for name, value in vars(sdk_type).items() if isinstance(value, property)]
+
+
+def _try(where: str, value: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call the SDK with a value, and raise one error if it does not take it."""
+    try:
+        return function(*args, **kwargs)
+    except (TypeError, InvalidVersion) as error:  # these name types and versions
+        raise InvalidArgument(f"{where}: {str(error).split('() ', 1)[-1]}") from None
+    except DockerException as error:
+        if type(error) is DockerException and isinstance(value, str):
+            needed = "a size is a number of bytes, or text such as 512m or 1g"
+            raise InvalidArgument(f"{where} is text that is no size; {needed}") from None
+        raise InvalidArgument(f"{where} has values that do not fit together") from None
+    except Exception:  # the SDK raises errors of many types, and some quote the value
+        raise InvalidArgument(f"{where} is {kind(value)} that the Docker SDK refuses") from None
+
+
+# -------------------------------------------------------------------------------- nested options
+
+
+def _typed(sdk_type: type, given: Any, where: str) -> Any:
+    options = _known(given, _properties(sdk_type), where)
+    return _try(where, given, sdk_type, **options)
+
+
+def _log_config(given: Any, where: str) -> Any:
+    return _typed(LogConfig, given, where)
+
+
+def _healthcheck(given: Any, where: str) -> Any:
+    return _typed(Healthcheck, given, where)
+
+
+def _ulimits(given: Any, where: str) -> list[Any]:
+    return [_typed(Ulimit, item, place) for item, place in _items(given, where)]
+
+
+def _device_requests(given: Any, where: str) -> list[Any]:
+    return [_typed(DeviceRequest, item, place) for item, place in _items(given, where)]
+
+
+# The SDK's Mount has parameters for some of these.
+_MOUNT_OPTIONS = {
+    "BindOptions": (
+        "Propagation",
+        "NonRecursive",
+        "CreateMountpoint",
+        "ReadOnlyNonRecursive",
+        "ReadOnlyForceRecursive",
+    ),
+    "VolumeOptions": ("NoCopy", "Labels", "DriverConfig", "Subpath"),
+    "TmpfsOptions": ("SizeBytes", "Mode", "Options"),
+    "ImageOptions": ("Subpath",),
+    "ClusterOptions": (),
+}
+_MOUNT_TYPES = ("bind", "volume", "tmpfs", "image", "npipe", "cluster")
+
+
+def _mounts(given: Any, where: str) -> list[Any]:
+    return [_mount(item, place) for item, place in _items(given, where)]
+
+
+def _mount(given: Any, where: str) -> Any:
+    options = _known(given, [*_parameters(Mount), *_MOUNT_OPTIONS], where)
+    sections = {name: options.pop(name) for name in _MOUNT_OPTIONS if name in options}
+    if options.get("driver_config") is not None:
+        options["driver_config"] = _driver_config(
+            options["driver_config"], f"{where}.driver_config"
+        )
+    options.setdefault("source", None)
+    mount_type = options.setdefault("type", "volume")
+    if mount_type not in _MOUNT_TYPES:
+        raise InvalidArgument(f"{where}.type is none of {', '.join(_MOUNT_TYPES)}")
+    if mount_type in ("image", "cluster"):  # the SDK's type does not know them
+        options["type"] = "volume"
+    mount = _try(where, given, Mount, **options)
+    mount["Type"] = mount_type
+    for name, section in sections.items():
+        if section is None:
+            continue
+        place = f"{where}.{name}"
+        known = _known(section, _MOUNT_OPTIONS[name], place)
+        if known.get("DriverConfig") is not None:
+            known["DriverConfig"] = _driver_config(known["DriverConfig"], f"{place}.DriverConfig")
+        mount[name] = {**mount.get(name, {}), **known}
+    return mount
+
+
+def _driver_config(given: Any, where: str) -> Any:
+    return _try(where, given, DriverConfig, **_known(given, _parameters(DriverConfig), where))
+
+
+def _binds(given: Any, where: str) -> Any:
+    if isinstance(given, list):
+        for item, place in _items(given, where):
+            if not isinstance(item, str):
+                raise InvalidArgument(
+                    f"{place} is {kind(item)}, not text such as /workspace:/workspace:ro"
+                )
+        return given
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a list or a mapping")
+    binds = {}
+    for folder, options in given.items():
+        binds[folder] = options
+        if isinstance(options, Mapping):
+            binds[folder] = _bind(folder, options, f"{where}[{_shown(folder)}]")
+    return binds
+
+
+def _bind(folder: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    options = _known(given, ("bind", "mode", "ro", "propagation"), where)
+    if "bind" not in options:
+        raise InvalidArgument(f"{where} lacks bind, the path in the container")
+    [bind] = _try(where, options, convert_volume_binds, {folder: options})
+    propagation = options.get("propagation")
+    if propagation is not None and not bind.endswith(f"{propagation}"):  # the SDK leaves it out
+        raise InvalidArgument(f"{where}.propagation is unknown to the Docker SDK")
+    return options
+
+
+_PORT = tuple(convert_port_bindings({"80": 80})["80/tcp"][0])  # HostIp, HostPort
+
+
+def _port_bindings(given: Any, where: str) -> dict[str, Any]:
+    if not isinstance(given, Mapping):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a mapping")
+    bindings = {}
+    for port, binding in given.items():
+        place = f"{where}[{_shown(port)}]"
+        if isinstance(binding, list):
+            bindings[port] = [_port_binding(item, place) for item in binding]
+        else:
+            bindings[port] = _port_binding(binding, place)
+    return bindings
+
+
+def _port_binding(given: Any, where: str) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    binding = _known(given, _PORT, where)
+    binding.setdefault("HostPort", None)  # any port
+    return binding
+
+
+def _devices(given: Any, where: str) -> list[Any]:
+    [known] = parse_devices(["/dev/null"])
+    devices = []
+    for item, place in _items(given, where):
+        devices.append(item if isinstance(item, str) else _known(item, known, place))
+    return devices
+
+
+def _weights(given: Any, where: str) -> list[Any]:
+    return [_known(item, ("Path", "Weight"), place) for item, place in _items(given, where)]
+
+
+def _rates(given: Any, where: str) -> list[Any]:
+    return [_known(item, ("Path", "Rate"), place) for item, place in _items(given, where)]
+
+
+def _list(given: Any, where: str) -> list[Any]:
+    """A list that is not a text, whose letters the SDK would take as the items."""
+    return [item for item, _ in _items(given, where)]
+
+
+def _restart_policy(given: Any, where: str) -> dict[str, Any]:
+    policy = _known(given, ("Name", "MaximumRetryCount"), where)
+    if policy.get("Name") not in (None, "", "no"):
+        cause = "WaitOnContainer could not tell an exit from a restart"
+        raise InvalidArgument(f"{where} is not allowed: {cause}. Use Prefect's retries")
+    return policy
+
+
+def _networking_config(given: Any, where: str) -> Any:
+    config = _known(given, _parameters(NetworkingConfig), where)
+    networks = config.get("endpoints_config") or {}
+    if not isinstance(networks, Mapping):
+        raise InvalidArgument(f"{where}.EndpointsConfig is {kind(networks)}, not a mapping")
+    endpoints: dict[Any, Any] = {}
+    for network, options in networks.items():
+        place = f"{where}.EndpointsConfig[{_shown(network)}]"
+        endpoints[network] = _endpoint(options or {}, place)
+    return NetworkingConfig(endpoints)  # type: ignore[arg-type] # one network, says its stub
+
+
+def _endpoint(given: Any, where: str) -> Any:
+    """The options of a container in a network. Docker's API has the addresses one level deeper."""
+    options = _known(
+        given, [*_parameters(EndpointConfig), "IPAMConfig", "DriverOpts", "GwPriority"], where
+    )
+    addresses = options.pop("IPAMConfig", None) or {}
+    known = ("ipv4_address", "ipv6_address", "link_local_ips")
+    options.update(_known(addresses, known, f"{where}.IPAMConfig"))
+    as_is = {
+        name: options.pop(name) for name in ("DriverOpts", "GwPriority", "links") if name in options
+    }
+    endpoint = _try(where, given, EndpointConfig, VERSION, **options)
+    if isinstance(as_is.get("links"), Mapping):
+        endpoint.update(_try(where, given, EndpointConfig, VERSION, links=as_is.pop("links")))
+    elif "links" in as_is:
+        endpoint["Links"] = as_is.pop("links")
+    endpoint.update(as_is)
+    return endpoint
+
+
+def _only_names(given: Any, where: str) -> Any:
+    """Volumes and ports: Docker takes their names, and ignores what a mapping has for them."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            if value:
+                cause = "has no effect: host_config has binds for folders, port_bindings for ports"
+                raise InvalidArgument(f"{where}[{_shown(name)}] is {kind(value)}, which {cause}")
+    return given
+
+
+def _labels(given: Any, where: str) -> Any:
+    if not isinstance(given, (list, Mapping)):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a mapping or a list")
+    return given
+
+
+def _words(given: Any, where: str) -> Any:
+    check_words(given, where)
+    return given
+
+
+# What Docker takes no notice of, though the SDK has an option for it.
+_IGNORED = {
+    "lxc_conf": "Docker has no LXC driver",
+    "kernel_memory": "Docker no longer limits it",
+}
+_NESTED: dict[str, Callable[[Any, str], Any]] = {
+    "binds": _binds,
+    "blkio_weight_device": _weights,
+    "device_read_bps": _rates,
+    "device_read_iops": _rates,
+    "device_requests": _device_requests,
+    "device_write_bps": _rates,
+    "device_write_iops": _rates,
+    "devices": _devices,
+    "entrypoint": _words,
+    "group_add": _list,
+    "healthcheck": _healthcheck,
+    "labels": _labels,
+    "log_config": _log_config,
+    "mounts": _mounts,
+    "networking_config": _networking_config,
+    "port_bindings": _port_bindings,
+    "ports": _only_names,
+    "restart_policy": _restart_policy,
+    "ulimits": _ulimits,
+    "volumes": _only_names,
+}
