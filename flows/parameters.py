@@ -59,7 +59,7 @@ def check_time_limit(time_limit: Any) -> None:
     if isinstance(time_limit, bool) or not isinstance(time_limit, (int, float)):
         raise InvalidArgument(f"time_limit is {kind(time_limit)}")
     if not 0 < time_limit <= threading.TIMEOUT_MAX:
-        raise InvalidArgument("time_limit is a number that is not over 0, or far too large")
+        raise InvalidArgument("time_limit is not over 0, or far too large")
 
 
 PARAMETERS = (

@@ -66,7 +66,7 @@ def test_invalid_parameters_fail_before_anything_starts(
 ) -> None:
     state = flow.run(parameters={"image": "app:1", "time_limit": 0})
     assert type(state) is Failed
-    assert state.message.startswith("time_limit is 0; give the seconds")
+    assert state.message.startswith("time_limit is not over 0")
     assert {type(result) for result in state.result.values()} == {Pending}, "no task has started"
 
 

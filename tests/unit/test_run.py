@@ -37,7 +37,7 @@ def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("COMMAND", '["sh",', "run: command is "),
         ("ENVIRONMENT", '{"A": 1', "(ENVIRONMENT is not JSON: Expecting ',' delimiter"),
         ("TIME_LIMIT", "1h", "run: time_limit is text; give a number of seconds"),
-        ("TIME_LIMIT", "-1", "run: time_limit is a number that is not over 0"),
+        ("TIME_LIMIT", "-1", "run: time_limit is not over 0"),
     ],
 )
 def test_invalid_values_are_refused_at_once(
