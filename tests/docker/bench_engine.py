@@ -14,6 +14,7 @@ from timeit import timeit
 import docker
 import prefect.tasks.docker
 import pytest
+from docker.models.containers import Container
 
 import flows.tasks
 from scripts.run import run
@@ -47,62 +48,58 @@ def test_a_flow_run_and_docker_run(engine: docker.DockerClient) -> None:
         else "as published"
     )
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
-    text = f"""{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, Docker {engine.version()["Version"]},
+    version = engine.version()["Version"]
+    text = f"""{os.cpu_count()} cores, {memory} GiB, Linux {platform.release()}, Docker {version},
 Python {platform.python_version()}, images: {origin}. The image is on the engine. Ten rounds."""
     publish(ENGINE, targets, text, *table(["", "s"], *rows))
 
 
+def write_output(engine: docker.DockerClient, size: int) -> Container:
+    """A container that has written some MiB, in lines of 1 KiB, and has exited."""
+    script = f"import os\nfor _ in range({size} * 16): os.write(1, (b'x' * 1023 + b'\\n') * 64)"
+    container = engine.containers.run(
+        PREFECT_IMAGE, ["python", "-c", script], detach=True, labels=SESSION_LABELS
+    )
+    container.wait()
+    return container
+
+
 def test_output(engine: docker.DockerClient) -> None:
     """To wait on a container that has written a lot, and to get its logs."""
-    rows, growth, targets = [], [], []
+    rows, targets = [], []
+    seconds: dict[str, list[float]] = {}
     for size in (1, 10, 100, 1024):
-        script = f"import os\nfor _ in range({size} * 16): os.write(1, (b'x' * 1023 + b'\\n') * 64)"
-        container = engine.containers.run(
-            PREFECT_IMAGE, ["python", "-c", script], detach=True, labels=SESSION_LABELS
-        )
+        container = write_output(engine, size)
         try:
-            container.wait()
-            with get_context("spawn").Pool(
-                1, maxtasksperchild=1
-            ) as pool:  # a process for each reading
-                found = in_turn(
-                    3,
-                    {
-                        reader: partial(pool.apply, read, (reader, container.id))
-                        for reader in READERS
-                    },
-                )
+            with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each
+                calls = {
+                    reader: partial(pool.apply, read, (reader, container.id)) for reader in READERS
+                }
+                found = in_turn(3, calls)
         finally:
             container.remove(force=True)
-        spent, grown = (
-            {name: [pair[i] for pair in pairs] for name, pairs in found.items()} for i in (0, 1)
-        )
-        rows.append(
-            [str(size), *(spread(by[reader]) for reader in READERS for by in (spent, grown))]
-        )
-        growth.append([round(median(grown[reader])) for reader in (LIBRARY, OURS)])
-        targets.append((f"{size} MiB of output, growth of memory", 8, median(grown[OURS]), "MiB"))
-    ratio = median(spent[OURS]) / median(spent[ONCE])
+        cells = []
+        for reader in READERS:
+            seconds[reader] = [spent for spent, _ in found[reader]]
+            grown = [growth for _, growth in found[reader]]
+            cells += [spread(seconds[reader]), spread(grown)]
+            if reader == OURS:
+                what = f"{size} MiB of output, growth of memory"
+                targets.append((what, 8, median(grown), "MiB"))
+        rows.append([str(size), *cells])
+    ratio = median(seconds[OURS]) / median(seconds[ONCE])
     targets.append((f"1 GiB of output, {OURS} over {ONCE}", 1.15, ratio, "times"))
-    library, ours = map(list, zip(*growth))
-    text = """To wait on the container and to get its logs: time, and growth of the process's memory. Three rounds.
-Up to 10 MiB, `GetContainerLogs` reads most of the output a second time."""
+    text = """To wait on the container and to get its logs: seconds, and growth of the process's
+memory. Three rounds. Up to 10 MiB, `GetContainerLogs` reads most of the output a second time."""
     head = ["MiB of output", *(f"{name}, {unit}" for name in READERS for unit in ("s", "MiB"))]
-    chart = [
-        "```mermaid",
-        "xychart-beta",
-        f'    title "Growth of memory: {LIBRARY} (bars), {OURS} (line)"',
-    ]
-    chart += [
-        f'    x-axis "MiB of output" [{", ".join(row[0] for row in rows)}]',
-        '    y-axis "MiB"',
-    ]
-    chart += [f"    bar {library}", f"    line {ours}", "```"]
-    publish(OUTPUT, targets, text, *table(head, *rows), *chart)
+    publish(OUTPUT, targets, text, *table(head, *rows))
 
 
 def read(reader: str, container_id: str) -> tuple[float, float]:
-    """Read a container's output; returns seconds, and MiB that this process, whose own output is discarded, grew by."""
+    """Read a container's output; returns seconds, and MiB that this process grew by.
+
+    The process's own output is discarded.
+    """
 
     def memory(field: str) -> float:
         return (

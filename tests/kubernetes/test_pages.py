@@ -1,4 +1,4 @@
-"""What the pages show for a cluster: own templates, volumes, secrets, a network policy, operations, other flows."""
+"""What the pages show for a cluster: own templates, volumes, secrets, policies, other flows."""
 
 import base64
 import json
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,7 +28,8 @@ from tests.support.containers import PREFECT_IMAGE
 from tests.support.kubectl import NAMESPACE, kubectl, on_node
 from tests.support.namespaces import Namespace, RunningPod
 from tests.support.pages import example, parameters
-from tests.support.prefect_api import PrefectAPI
+from tests.support.prefect_api import FlowRun, PrefectAPI
+from tests.support.provided_cluster import SMALL_IMAGE
 from tests.support.readme import readme
 from tests.support.shell import replaced, shell
 from tests.support.submitted_runs import (
@@ -44,7 +46,9 @@ from tests.support.waiting import wait_for
 def patched(patch: str, folder: Path) -> Template:
     """native_sidecar with a patch, by the command of docs/template.md."""
     instead = {  # the tests' kubectl may be on the node, where these files are not
-        "--filename job_templates/native_sidecar.yaml": "--filename - <job_templates/native_sidecar.yaml",
+        "--filename job_templates/native_sidecar.yaml": (
+            "--filename - <job_templates/native_sidecar.yaml"
+        ),
         "--patch-file patch.yaml": f"--patch {shlex.quote(patch)}",
         "job_templates/own.yaml": str(folder / "own.yaml"),
     }
@@ -108,7 +112,7 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
 
 def test_a_secret_reaches_the_container_and_nothing_else(submit: Submit, tmp_path: Path) -> None:
     value = f"hunter2-{uuid.uuid4().hex}"
-    readme("kubectl --namespace flows create secret generic", {"value=…": f"value={value}"})
+    readme("kubectl --namespace flows create secret generic", {"value='the key'": f"value={value}"})
     run = submit(
         patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters"))
     )
@@ -134,15 +138,14 @@ print("all", sys.argv[1])
 
 
 def test_network_policy(submit: Submit, agent: RunningPod) -> None:
-    """With the policy of the page a container reaches neither pods nor Services nor metadata, and the run succeeds."""
+    """A container reaches neither pods nor Services nor metadata, and the run succeeds."""
     name = f"probe-{uuid.uuid4().hex[:8]}"
-    kubectl(
-        f"run {name} --image={PREFECT_IMAGE} --port=80 --expose --command -- python -m http.server 80"
-    )
+    server = "python -m http.server 80"
+    kubectl(f"run {name} --image={PREFECT_IMAGE} --port=80 --expose --command -- {server}")
     try:
         kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
-        ask = f"get pod,service {name} --output jsonpath='{{.items[0].status.podIP}} {{.items[1].spec.clusterIP}}'"
-        addresses = kubectl(ask).split()
+        where = "{.items[0].status.podIP} {.items[1].spec.clusterIP}"
+        addresses = kubectl(f"get pod,service {name} --output jsonpath='{where}'").split()
         # the policy is for runs: the Agent's pod reaches the server
         assert "all open" in agent.execute(
             "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses
@@ -152,9 +155,8 @@ def test_network_policy(submit: Submit, agent: RunningPod) -> None:
         run = submit("native_sidecar", image=PREFECT_IMAGE, command=command, time_limit=120)
         run.succeeds("all closed")
     finally:
-        kubectl(
-            f"delete --now --ignore-not-found pod/{name} service/{name} networkpolicy/docker-sidecar"
-        )
+        ours = f"pod/{name} service/{name} networkpolicy/docker-sidecar"
+        kubectl(f"delete --now --ignore-not-found {ours}")
 
 
 # a process that pulls an image, waits, and pulls another one
@@ -183,9 +185,8 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
         '"configMap": {"name": "with-a-ca"',
     )
     mirror = json.dumps({"insecure-registries": [small_image.partition("/")[0]]})
-    kubectl(
-        f"create configmap with-a-ca --from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'"
-    )
+    literals = f"--from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'"
+    kubectl(f"create configmap with-a-ca {literals}")
     instead = {"registry.example.com": address, "=AWS": "=user"}
     readme(
         "kubectl create secret docker-registry",
@@ -210,7 +211,7 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
 
     def current() -> bool:
-        # kubelet looks at the Secrets of a pod that changes at once, and at others within two minutes
+        # kubelet looks at the Secrets of a pod that changes at once, at others within minutes
         kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
         found = pod.execute("flow-container", "cat", "/docker-config/config.json")
         return "expired" not in found and base64.b64encode(b"user:password").decode() in found
@@ -257,10 +258,8 @@ def test_a_template_of_the_agents_is_changed_without_registering(
         return {"--from-file=job_templates/own.yaml": literal}
 
     first, second = template("the first template"), template("the second template")
-    readme(
-        "kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml",
-        first,
-    )
+    create = "kubectl --namespace flows create configmap job-template --from-file"
+    readme(f"{create}=job_templates/own.yaml", first)
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
 
@@ -269,13 +268,10 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     kubectl("rollout status deployment prefect-agent --timeout=120s")
     new = namespace.pod("app=prefect-agent")
     run_says("the first template")
-    readme(
-        "kubectl --namespace flows create configmap job-template --from-file=job_templates/own.yaml --dry",
-        second,
-    )
+    readme(f"{create}=job_templates/own.yaml --dry", second)
 
     def changed() -> bool:
-        # kubelet looks at the volumes of a pod that changes at once, and at others within two minutes
+        # kubelet looks at the volumes of a pod that changes at once, at others within minutes
         kubectl(f"annotate --overwrite pod {new.name} looked-at={uuid.uuid4()}")
         return "second" in new.execute("agent", "cat", "/job-template/own.yaml")
 
@@ -287,7 +283,10 @@ def test_a_template_of_the_agents_is_changed_without_registering(
 
 
 def register(api: PrefectAPI, folder: Path, source: str) -> str:
-    """Register a flow that starts the registered one; returns its id. It needs neither image nor Agent to run here."""
+    """Register a flow that starts the registered one; returns its id.
+
+    It needs neither an image nor an Agent to run here.
+    """
     (folder / "parent.py").write_text(source)
     home = str(folder / "home")  # of the storage
     shell(
@@ -317,17 +316,20 @@ def executing(api: PrefectAPI, run: SubmittedRun, **environment: str) -> Iterato
         process.wait()
 
 
+def is_child(run: FlowRun, parent: SubmittedRun) -> bool:
+    """Whether a run has started another one: Prefect names it so."""
+    return run.name.startswith(f"{parent.record.name}-")
+
+
 def children(api: PrefectAPI, parent: SubmittedRun) -> list[str]:
     """The states of the runs that a run has started."""
-    return sorted(
-        run.state for run in api.flow_runs.values() if run.name.startswith(f"{parent.record.name}-")
-    )
+    return sorted(run.state for run in api.flow_runs.values() if is_child(run, parent))
 
 
 def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, tmp_path: Path
 ) -> None:
-    """The tests' API has no scheduler. The test does what Prefect Server's does with the stored schedule."""
+    """The test does what Prefect Server's scheduler does with the stored schedule."""
     parent_id = register(api, tmp_path, example("scheduled").replace("alpine:3", small_image))
     schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
     events = schedule.next(10, return_events=True)
@@ -345,7 +347,7 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     with executing(api, good), executing(api, bad):
         good.succeeds(events[0].parameter_defaults["command"].removeprefix("echo "))
         bad.fails()
-    assert any("exited with code 3" in str(run.message) for run in bad.record.task_runs)
+    assert any("xited with code 3" in str(run.message) for run in bad.record.task_runs)
     assert (children(api, good), children(api, bad)) == (["Success"], ["Failed"])
 
 
@@ -392,7 +394,69 @@ def test_a_parent_with_retries_notification_and_results(
     }
     assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, run.record
     [message] = slack.messages
-    assert "exited with code 3" in message
+    assert "xited with code 3" in message
+
+
+def parent_of(parameters: dict[str, Any]) -> str:
+    """The page's parent, with one container that is tried once."""
+    edits = {
+        "range(30)\n]": f"range(0)\n] + [{parameters!r}]",
+        "max_retries=3, retry_delay=timedelta(minutes=1), ": "",
+    }
+    assert all(old in example("parent") for old in edits)
+    return replaced(example("parent"), edits)
+
+
+def test_a_restarted_parent_gives_its_container_the_same_parameters(
+    api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, tmp_path: Path
+) -> None:
+    fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
+    parent_id = register(api, tmp_path, parent_of(fails))
+    parent = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    with executing(api, parent):
+        parent.fails()
+    api.restart(parent.record.id)
+    with executing(api, parent):
+        parent.wait(lambda: len(children(api, parent)) == 2, "a second container is run", 60)
+        parent.fails()
+    runs = [run for run in api.flow_runs.values() if is_child(run, parent)]
+    assert [run.parameters["command"] for run in runs] == [fails["command"]] * 2
+
+
+def test_a_cancelled_parent_cancels_its_containers(
+    api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, tmp_path: Path
+) -> None:
+    parent_id = register(api, tmp_path, parent_of({"image": small_image, "command": FOREVER}))
+    parent = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    with executing(api, parent, PREFECT__CLOUD__CHECK_CANCELLATION_INTERVAL="1"):
+        parent.wait(lambda: children(api, parent) == ["Running"], "the container runs", 60)
+        [child] = [run for run in api.flow_runs.values() if is_child(run, parent)]
+        SubmittedRun(namespace, child).container_writes("up")
+        cancel = example("cancel").replace("RUN_ID", parent.record.id)
+        shell(cancel, **api.env)
+        parent.reaches("Cancelled")
+        parent.wait(lambda: children(api, parent) == ["Cancelled"], "so is the container's", 90)
+
+
+def test_an_image_in_a_plain_job(namespace: Namespace, tmp_path: Path) -> None:
+    """The flow runs here, by the kubeconfig; its account may do what the flow does."""
+    account = example("plain-job-account").replace("jobs:plain-job", f"{NAMESPACE}:plain-job")
+    kubeconfig = {"KUBECONFIG": str(cluster.KUBECONFIG)}
+    shell(account.replace("namespace jobs", f"namespace {NAMESPACE}"), **kubeconfig)
+    user = f"--as=system:serviceaccount:{NAMESPACE}:plain-job"
+    for right in ("create jobs", "get jobs/status", "delete jobs", "list pods", "get pods/log"):
+        assert "yes" in kubectl(f"auth can-i {right} {user}")
+    image = f"{REGISTRY}/{SMALL_IMAGE}"  # as the node calls it
+    source = example("plain-job").replace("alpine:3", image)
+    (tmp_path / "plain_job.py").write_text(
+        source.replace('NAMESPACE = "jobs"', f'NAMESPACE = "{NAMESPACE}"')
+    )
+    run = "prefect run --path plain_job.py"
+    assert "no Docker" in shell(run, tmp_path, **kubeconfig)
+    fails = """--param command='["sh","-c","echo no such order; exit 3"]' && exit 1 || true"""
+    printed = shell(f"{run} {fails}", tmp_path, **kubeconfig)
+    assert "no such order" in printed
+    assert "failed" in printed
 
 
 SOURCES = {

@@ -1,6 +1,7 @@
 """What the benchmarks share: measuring in turn, and docs/benchmarks.md, which they write.
 
-Figures that are compared are measured in turn, in one run, so that a slow moment of the machine meets all of them.
+Figures that are compared are measured in turn, in one run. So a slow moment of the machine meets
+all of them.
 """
 
 import json
@@ -12,6 +13,7 @@ from flows.settings import PROJECT
 from scripts.base import CACHE
 
 T = TypeVar("T")
+Target = tuple[str, float, float, str]  # what, at most how much, how much, unit
 PAGE, SECTIONS = PROJECT / "docs" / "benchmarks.md", CACHE / "benchmarks.json"
 ENGINE, CLUSTER, COLD, MANY, OUTPUT = (
     "On your engine",
@@ -21,49 +23,61 @@ ENGINE, CLUSTER, COLD, MANY, OUTPUT = (
     "A container that writes a lot",
 )
 ORDER = (ENGINE, CLUSTER, COLD, MANY, OUTPUT)  # on the page
+HEAD = """# Benchmarks
+
+What a run costs, as `make bench` measured it on one machine, in one run: first in short, then
+medians with the range.
+
+On the cluster there is one clock: seconds since Kubernetes created the Job. Before that, the Agent
+looks for runs every 0.25 to 10 s. That is the same for all templates, and not counted."""
 
 
 def in_turn(rounds: int, measure: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
-    """Call each function once a round, in the opposite order every second round, and return what each returned."""
+    """Call each function once a round, and return what each returned.
+
+    Every second round has the opposite order.
+    """
     found: dict[str, list[T]] = {name: [] for name in measure}
     for number in range(rounds):
-        for name in list(measure)[:: -1 if number % 2 else 1]:
+        names = list(measure)
+        if number % 2:
+            names.reverse()
+        for name in names:
             found[name].append(measure[name]())
     return found
 
 
 def spread(values: list[float]) -> str:
-    """The median and the range."""
-    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "never"
+    """The median and the range; nothing of nothing."""
+    if not values:
+        return ""
+    return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 def table(*rows: list[str]) -> list[str]:
     """A table in Markdown, with an empty line before and after it; the first row is its head."""
-    return [
-        "",
-        *(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]),
-        "",
-    ]
+    head, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
+    return ["", *lines, ""]
 
 
-def publish(title: str, targets: Sequence[tuple[str, float, float, str]], *lines: str) -> None:
-    """Write a section of docs/benchmarks.md, and its targets: what, at most how much, how much, unit."""
+def publish(title: str, targets: Sequence[Target], *lines: str) -> None:
+    """Write a section of docs/benchmarks.md, and its targets."""
     sections = json.loads(SECTIONS.read_text()) if SECTIONS.exists() else {}
     sections[title] = targets, lines
     SECTIONS.write_text(json.dumps(sections))
-    rows, page = [["", "measured", "target", ""]], []
+    rows = [["", "measured", "target", ""]]
+    text: list[str] = []
     for name in ORDER:
-        targets, text = sections.get(name, ([], []))
-        page += [f"## {name}", "", *text, ""] if text else []
-        for what, limit, value, unit in targets:
-            mark = "met" if value <= limit else "**missed**"
-            rows.append([what, f"{value:.2f} {unit}", f"at most {limit:g} {unit}", mark])
-    head = [
-        "# Benchmarks",
-        "",
-        "What a run costs, as `make bench` measured it: first in short, then medians with the range.",
-    ]
-    PAGE.write_text(
-        "\n".join([*head, *table(*rows), *page]).replace("\n\n\n", "\n\n").rstrip() + "\n",
-        encoding="utf-8",
-    )
+        if name in sections:
+            targets, lines = sections[name]
+            rows += [verdict(*target) for target in targets]
+            text += [f"## {name}", "", *lines, ""]
+    page = "\n".join([HEAD, *table(*rows), *text])
+    PAGE.write_text(page.replace("\n\n\n", "\n\n").rstrip() + "\n", encoding="utf-8")
+
+
+def verdict(what: str, limit: float, value: float, unit: str) -> list[str]:
+    """A row of the table of targets."""
+    mark = "met" if value <= limit else "**missed**"
+    return [what, f"{value:.2f} {unit}", f"at most {limit:g} {unit}", mark]
