@@ -199,8 +199,8 @@ def test_the_first_pull(
             "times",
         ),
     ]
-    text = f"""{PREFECT_IMAGE}, the container runs `true`. Five rounds. *{BY_HAND}* is a Job with the
-pod of native_sidecar, in which the Docker CLI pulls and runs the image, and no flow does.
+    text = f"""{PREFECT_IMAGE}, the container runs `true`. Five rounds. *{BY_HAND}* is a Job with
+the pod of native_sidecar, in which the Docker CLI pulls and runs the image, and no flow does.
 Most of a pull is unpacking, by the disk and the CPUs of the node: the ranges are wide."""
     publish(COLD, targets, text, *events(runs))
 
