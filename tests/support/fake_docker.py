@@ -1,6 +1,7 @@
 """A fake of the Docker daemon's HTTP API, for what a real daemon cannot be brought to do.
 
-It has one container. A test says what the daemon answers: the events of a pull, the streams of output, the exit.
+It has one container. A test says what the daemon answers: the events of a pull, the streams of
+output, the exit.
 """
 
 import base64
@@ -8,14 +9,14 @@ import json
 import struct
 import threading
 from collections.abc import Callable, Iterable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tests.support.background_server import BackgroundServer, QuietHandler
 
 ID = "c0ffee" * 10
-Item = (
-    bytes | Callable[[], Any]
-)  # bytes to send, or something to do or to wait for before the next item
+# What a stream consists of: bytes to send, or a function to call before the next item.
+Item = bytes | Callable[[], Any]
 
 
 def frame(stream: int, data: bytes) -> bytes:
@@ -23,115 +24,133 @@ def frame(stream: int, data: bytes) -> bytes:
     return struct.pack(">BxxxL", stream, len(data)) + data
 
 
-class FakeDocker(ThreadingHTTPServer):
+class FakeDocker(BackgroundServer):
     """Answers on a port of the loopback interface as long as the `with` statement lasts."""
-
-    daemon_threads = True
-    block_on_close = False
 
     def __init__(self, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
         self.url = f"tcp://127.0.0.1:{self.server_port}"
-        self.requests: list[
-            tuple[str, dict[str, str]]
-        ] = []  # such as ("POST /images/create", {"tag": "1"})
-        self.pull: Iterable[Any] = [
-            {"status": "Status: Image is up to date for app:1"}
-        ]  # events, or callables
-        self.refusal: tuple[str, int] | None = None  # of a pull: words, and the status
-        self.images: set[str] = set()  # that the daemon has
-        self.streams: list[Iterable[Item]] = [
-            []
-        ]  # of output: the first request gets the first one, and so on
-        self.version: tuple[dict[str, str], int] = {"ApiVersion": "1.44"}, 200
-        self.end: Iterable[Item] = []  # of the output, when it is asked for without "follow"
+        # All that was asked, such as ("POST /images/create", {"tag": "1"}).
+        self.requests: list[tuple[str, dict[str, str]]] = []
+        # The answer to "GET /version", and its HTTP status.
+        self.version: tuple[dict[str, str], int] = ({"ApiVersion": "1.44"}, 200)
+        # The events of a pull, with functions to call between them.
+        self.pull: Iterable[Any] = [{"status": "Status: Image is up to date for app:1"}]
+        # The words and the HTTP status that a pull is refused with.
+        self.refusal: tuple[str, int] | None = None
+        # The images that the daemon has.
+        self.images: set[str] = set()
+        # The output: the first request that follows it gets the first stream, and so on.
+        self.streams: list[Iterable[Item]] = [[]]
+        # The end of the output, for those who do not follow it.
+        self.end: Iterable[Item] = []
+        # Clear while the container runs.
         self.exited = threading.Event()
         self.exited.set()
-        self.result = {"StatusCode": 0}  # of the wait
-        self.gone = False  # whether the container has been removed
+        # The answer to a wait.
+        self.result = {"StatusCode": 0}
+        # Whether the container has been removed.
+        self.gone = False
+        # Set at the end of the `with` statement, so that no stream waits for longer.
         self.closing = threading.Event()
 
-    def __enter__(self) -> "FakeDocker":
-        threading.Thread(
-            target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
-        ).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self.closing.set()
         self.exited.set()
-        self.shutdown()
-        self.server_close()
+        super().__exit__(*error)
 
     def asked(self, what: str) -> list[dict[str, str]]:
         """The queries of all requests of a kind."""
         return [query for request, query in self.requests if request == what]
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: FakeDocker
     protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def do_POST(self) -> None:
+        self.answer()
 
     def answer(self) -> None:
         url = urlsplit(self.path)
         path = url.path.replace("/v1.44", "").replace(f"/{ID}", "")
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request, query = (
-            f"{self.command} {path}",
-            {key: value[0] for key, value in parse_qs(url.query).items()},
-        )
-        fake = self.server
-        login = base64.urlsafe_b64decode(self.headers.get("X-Registry-Auth") or "").decode()
-        gone = fake.gone and path.startswith("/containers")
-        fake.requests.append((request, {**query, "body": body.decode(), "login": login}))
-        if gone:
-            self.json({"message": f"No such container: {ID}"}, 404)
-        elif path == "/version":
-            self.json(*fake.version)
+        query = dict(parse_qsl(url.query))
+        self.note(f"{self.command} {path}", query)
+        if self.server.gone and path.startswith("/containers"):
+            self.send_json({"message": f"No such container: {ID}"}, 404)
         elif path.startswith("/images/") and path.endswith("/json"):
-            name = unquote(path).removeprefix("/images/").removesuffix("/json")
-            self.json(
-                *(
-                    ({"Id": "1"}, 200)
-                    if name in fake.images
-                    else ({"message": f"No such image: {name}"}, 404)
-                )
-            )
-        elif path == "/images/create" and fake.refusal:
-            self.json({"message": fake.refusal[0]}, fake.refusal[1])
-        elif path == "/images/create":
-            self.stream(
-                item if callable(item) else json.dumps(item).encode() + b"\n" for item in fake.pull
-            )
-        elif path == "/containers/create":
-            self.json({"Id": ID}, 201)
-        elif path == "/containers/json":
-            state = {"Running": not fake.exited.is_set(), "OOMKilled": False}
-            self.json({"Config": {"Image": "app:1", "Tty": False}, "State": state})
-        elif path == "/containers/wait":
-            fake.exited.wait()
-            self.json(fake.result)
-        elif path == "/containers/logs" and query.get("follow") == "1":
-            self.stream(fake.streams.pop(0) if fake.streams else [])
+            self.inspect_image(unquote(path).removeprefix("/images/").removesuffix("/json"))
         elif path == "/containers/logs":
-            self.stream(fake.end)
-        elif path == "/containers/stop":
-            fake.exited.set()
-            self.json(None, 204)
+            self.send_output(follow=query.get("follow") == "1")
+        elif path in ANSWERS:
+            ANSWERS[path](self)
         else:
-            self.json(None, 204)
+            self.send_nothing()
 
-    do_GET = do_POST = answer
+    def note(self, request: str, query: dict[str, str]) -> None:
+        """Let the test see the request, with its body and its login."""
+        length = int(self.headers.get("Content-Length") or 0)
+        body = self.rfile.read(length).decode()
+        login = base64.urlsafe_b64decode(self.headers.get("X-Registry-Auth") or "").decode()
+        self.server.requests.append((request, {**query, "body": body, "login": login}))
 
-    def json(self, value: Any, status: int = 200) -> None:
-        body = b"" if status == 204 else json.dumps(value).encode()
+    def tell_version(self) -> None:
+        answer, status = self.server.version
+        self.send_json(answer, status)
+
+    def inspect_image(self, name: str) -> None:
+        if name in self.server.images:
+            self.send_json({"Id": "1"})
+        else:
+            self.send_json({"message": f"No such image: {name}"}, 404)
+
+    def pull_image(self) -> None:
+        if self.server.refusal:
+            words, status = self.server.refusal
+            self.send_json({"message": words}, status)
+        else:
+            self.send_stream(_as_item(event) for event in self.server.pull)
+
+    def create_container(self) -> None:
+        self.send_json({"Id": ID}, 201)
+
+    def inspect_container(self) -> None:
+        state = {"Running": not self.server.exited.is_set(), "OOMKilled": False}
+        self.send_json({"Config": {"Image": "app:1", "Tty": False}, "State": state})
+
+    def wait_for_exit(self) -> None:
+        self.server.exited.wait()
+        self.send_json(self.server.result)
+
+    def stop_container(self) -> None:
+        self.server.exited.set()
+        self.send_nothing()
+
+    def send_output(self, follow: bool) -> None:
+        if not follow:
+            self.send_stream(self.server.end)
+        elif self.server.streams:
+            self.send_stream(self.server.streams.pop(0))
+        else:
+            self.send_stream([])
+
+    def send_json(self, value: Any, status: int = 200) -> None:
+        body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def stream(self, items: Iterable[Item]) -> None:
+    def send_nothing(self) -> None:
+        self.send_response(204)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def send_stream(self, items: Iterable[Item]) -> None:
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -142,5 +161,20 @@ class _Handler(BaseHTTPRequestHandler):
                 self.wfile.write(f"{len(item):x}\r\n".encode() + item + b"\r\n")
         self.wfile.write(b"0\r\n\r\n")
 
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
+
+def _as_item(event: Any) -> Item:
+    """An event of a pull as a line of JSON; a function as it is."""
+    if callable(event):
+        return event  # type: ignore[no-any-return]
+    return json.dumps(event).encode() + b"\n"
+
+
+# What is answered by the path alone.
+ANSWERS: dict[str, Callable[[_Handler], None]] = {
+    "/version": _Handler.tell_version,
+    "/images/create": _Handler.pull_image,
+    "/containers/create": _Handler.create_container,
+    "/containers/json": _Handler.inspect_container,
+    "/containers/wait": _Handler.wait_for_exit,
+    "/containers/stop": _Handler.stop_container,
+}
