@@ -1,8 +1,9 @@
-"""Containers of docker_sidecar and kept_layers, run as a pod would run them, on a volume of the engine."""
+"""Containers of the job templates, run as a pod would run them, on a volume of the engine."""
 
 import json
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import docker
@@ -12,38 +13,78 @@ from docker.models.containers import Container
 from flows.settings import load_job_template
 from tests.support.containers import PREFECT_IMAGE, archive, run_shell
 from tests.support.session import SESSION_LABELS
+from tests.support.templates import daemon_of
 from tests.support.waiting import wait_for
 
-FLOW, SIDECAR = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"]
+SIDECAR = daemon_of(load_job_template("docker_sidecar"))
+KEPT = daemon_of(load_job_template("kept_layers"))
+FLOW = load_job_template("docker_sidecar")["spec"]["template"]["spec"]["containers"][0]
 FLOW |= {"image": PREFECT_IMAGE, "args": ["true"]}  # what the Agent fills in
-DEAF = {  # a daemon that does not heed SIGTERM
-    "dockerd-entrypoint.sh dockerd": """sh -c "trap '' TERM; while :; do sleep 1; done" """,
+
+START_DOCKERD = "dockerd-entrypoint.sh dockerd"
+IGNORES_SIGTERM = {
+    START_DOCKERD: """sh -c "trap '' TERM; while :; do sleep 1; done" """,
     "timeout 15": "timeout 1",
 }
-KEPT = load_job_template("kept_layers")["spec"]["template"]["spec"]["initContainers"][0]
-KEEP = "tar -C / -c bin/busybox | docker import - kept:1; docker create --name stale --volume stale:/v kept:1 true"
+CREATE_IMAGE_AND_CONTAINER = """
+tar -C / -c bin/busybox | docker import - kept:1
+docker create --name stale --volume stale:/v kept:1 true
+"""
 IMAGES = "docker image ls --format '{{.Repository}}'"
 
-Start = Callable[..., Container]
+
+@dataclass
+class TemplateContainer:
+    """A container of a template, and its postStart hook, which kubelet runs beside it."""
+
+    container: Container
+    hook: Future[Any] | None
+
+    def sh(self, script: str) -> str:
+        return run_shell(self.container, script)
+
+    def kill(self, signal: str) -> None:
+        self.container.kill(signal)
+
+    def output(self) -> str:
+        return self.container.logs().decode(errors="replace")
+
+    def ready(self) -> "TemplateContainer":
+        """Wait until the hook has ended, which is when the flow starts. The daemon answers then."""
+        assert self.hook
+        self.hook.result()
+        status, _ = self.container.exec_run(["docker", "version"])
+        assert status == 0, self.output()
+        return self
+
+    def writes(self, text: str) -> None:
+        """Wait until the container has written something."""
+        wait_for(lambda: text in self.output(), f"it writes {text!r}", self.output)
+
+    def ends(self, within: float = 20) -> int:
+        """Wait until the container has ended, at most some seconds, and return its exit code."""
+        wait_for(self._has_ended, "the container ends", self.output, within)
+        return int(self.container.attrs["State"]["ExitCode"])
+
+    def _has_ended(self) -> bool:
+        self.container.reload()
+        return bool(self.container.status == "exited")
+
+
+Start = Callable[..., TemplateContainer]
 
 
 @pytest.fixture
 def start(engine: docker.DockerClient) -> Iterator[Start]:
-    """Start a container of a template, with its hook as kubelet would. All containers of a test share a volume."""
-    volume, started, pool = (
-        engine.volumes.create(labels=SESSION_LABELS),
-        list[Container](),
-        ThreadPoolExecutor(),
-    )
+    """Start a container of a template as kubelet would. All those of a test share a volume."""
+    volume = engine.volumes.create(labels=SESSION_LABELS)
+    started: list[Container] = []
+    hooks = ThreadPoolExecutor()
 
     def start(
         spec: dict[str, Any], edits: dict[str, str] | None = None, daemon_json: str = ""
-    ) -> Container:
-        text = json.dumps(spec)
-        for old, new in (edits or {}).items():
-            assert old in text, f"{old!r} is no longer in the template"
-            text = text.replace(old, json.dumps(new)[1:-1])
-        spec = json.loads(text)
+    ) -> TemplateContainer:
+        spec = with_edits(spec, edits or {})
         container = engine.containers.create(
             spec["image"],
             spec.get("args"),
@@ -58,119 +99,143 @@ def start(engine: docker.DockerClient) -> Iterator[Start]:
         if daemon_json:
             container.put_archive("/", archive({"etc/docker/daemon.json": daemon_json.encode()}))
         container.start()
-        if "lifecycle" in spec:
-            container.hook = pool.submit(
-                container.exec_run, spec["lifecycle"]["postStart"]["exec"]["command"]
-            )
-        return container
+        if "lifecycle" not in spec:
+            return TemplateContainer(container, None)
+        command = spec["lifecycle"]["postStart"]["exec"]["command"]
+        return TemplateContainer(container, hooks.submit(container.exec_run, command))
 
     yield start
     for container in started:
         container.remove(force=True, v=True)
-    pool.shutdown()
+    hooks.shutdown()
     volume.remove()
 
 
-def ready(container: Container) -> Container:
-    """A daemon whose hook has ended, as it is when the flow starts."""
-    container.hook.result()
-    assert container.exec_run(["docker", "version"]).exit_code == 0, container.logs().decode()
-    return container
+def with_edits(spec: dict[str, Any], edits: dict[str, str]) -> dict[str, Any]:
+    """A container of a template with some texts in its strings replaced."""
+    text = json.dumps(spec)
+    for old, new in edits.items():
+        assert old in text, f"{old!r} is no longer in the template"
+        text = text.replace(old, json.dumps(new)[1:-1])
+    return dict(json.loads(text))
 
 
-def second_after(start: Start, script: str) -> Container:
-    """A daemon on the store of one that has run a script, and was killed."""
-    first = ready(start(KEPT))
-    run_shell(first, script)
-    first.kill("SIGKILL")
-    return ready(start(KEPT))
+# docker_sidecar: the flow and the daemon end together
 
 
-def end(container: Container, within: float = 20) -> tuple[int, str]:
-    """The exit code of a container that has to end within some seconds, and what it wrote."""
-    wait_for(
-        lambda: container.reload() or container.status == "exited",
-        "the container ends",
-        container.logs,
-        within,
-    )
-    return container.attrs["State"]["ExitCode"], container.logs().decode()
-
-
-@pytest.mark.parametrize("edits", [{}, DEAF], ids=["before the daemon is up", "deaf daemon"])
-def test_a_flow_that_ends_at_once(start: Start, edits: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "edits", [{}, IGNORES_SIGTERM], ids=["before the daemon is up", "daemon ignores SIGTERM"]
+)
+def test_the_daemon_ends_well_when_the_flow_has_ended(start: Start, edits: dict[str, str]) -> None:
     sidecar = start(SIDECAR, edits)
-    end(start(FLOW), 10)
-    assert end(sidecar)[0] == 0, "the Job is complete"
+    start(FLOW).ends(within=10)
+    assert sidecar.ends() == 0, "the Job is complete"
 
 
-def test_a_flow_that_cannot_start(start: Start) -> None:
-    """As with an image of another architecture, or without flock: no lock is taken. Here the limit is 2 s."""
-    assert end(start(SIDECAR, {"timeout 100": "timeout 2"}))[0] != 0, (
-        "the pod fails, and the Agent fails the run"
-    )
+def test_the_daemon_gives_up_if_no_flow_takes_the_lock(start: Start) -> None:
+    """As with an image of another architecture, or without flock. The Agent then fails the run."""
+    sidecar = start(SIDECAR, {"timeout 100": "timeout 2"})
+    assert sidecar.ends() != 0
 
 
-def test_daemon_json_cannot_open_the_daemon(start: Start) -> None:
-    """The daemon does not start. The flow gives up, and the pod fails with the daemon's last words."""
+def test_daemon_json_cannot_open_the_daemon_to_others(start: Start) -> None:
+    """The daemon does not start. The flow gives up, and the pod fails with the daemon's words."""
     sidecar = start(SIDECAR, daemon_json='{"hosts": ["tcp://0.0.0.0:2375"]}')
     why = "specified both as a flag and in the configuration file: hosts"
-    wait_for(lambda: why.encode() in sidecar.logs(), "dockerd says why", sidecar.logs)
-    end(start(FLOW), 10)
-    code, output = end(sidecar)
-    assert code != 0
-    assert output.count(why) == 1
+    sidecar.writes(why)
+    start(FLOW).ends(within=10)
+    assert sidecar.ends() != 0
+    assert sidecar.output().count(why) == 1
 
 
-def test_layers_outlive_the_pod_and_its_sudden_death(start: Start) -> None:
-    second = second_after(start, f"{KEEP}; docker network create stale; docker volume create named")
-    assert run_shell(second, IMAGES) == "kept"
-    left = "docker ps --all --quiet; docker volume ls --quiet; docker network ls --quiet --filter type=custom"
-    assert run_shell(second, left) == "", "what the first one left is gone before the flow starts"
-    second.kill("SIGTERM")
-    code, output = end(second)
-    assert code == 0
-    assert "Daemon shutdown complete" in output
-    third = ready(start(KEPT))
-    assert run_shell(third, IMAGES) == "kept"
-    third.kill("SIGKILL")
-    assert run_shell(ready(start(KEPT, {"-le 80": "-lt 0"})), IMAGES) == "", (
-        "the disk is nearly full"
-    )
+# kept_layers: images outlive the pod
+
+
+def second_after(start: Start, script: str) -> TemplateContainer:
+    """A daemon on the store of one that has run a script, and was killed."""
+    first = start(KEPT).ready()
+    first.sh(script)
+    first.kill("SIGKILL")
+    return start(KEPT).ready()
+
+
+def test_layers_outlive_a_pod_that_is_killed_and_nothing_else_does(start: Start) -> None:
+    create = "docker network create stale; docker volume create named"
+    second = second_after(start, CREATE_IMAGE_AND_CONTAINER + create)
+    assert second.sh(IMAGES) == "kept"
+    assert second.sh("docker ps --all --quiet") == ""
+    assert second.sh("docker volume ls --quiet") == ""
+    assert second.sh("docker network ls --quiet --filter type=custom") == ""
+
+
+def test_layers_outlive_a_pod_that_ends_well(start: Start) -> None:
+    first = start(KEPT).ready()
+    first.sh(CREATE_IMAGE_AND_CONTAINER)
+    first.kill("SIGTERM")
+    assert first.ends() == 0
+    assert "Daemon shutdown complete" in first.output()
+    assert start(KEPT).ready().sh(IMAGES) == "kept"
+
+
+def test_a_store_on_a_nearly_full_disk_is_emptied(start: Start) -> None:
+    first = start(KEPT).ready()
+    first.sh(CREATE_IMAGE_AND_CONTAINER)
+    first.kill("SIGKILL")
+    second = start(KEPT, {"-le 80": "-lt 0"}).ready()
+    assert second.sh(IMAGES) == ""
 
 
 def test_daemons_at_once_have_a_slot_each_while_there_are_slots(start: Start) -> None:
-    daemons = [ready(start(KEPT, {"0 1 2 3 4 5 6 7": "0 1"})) for _ in range(3)]
-    roots = [run_shell(each, "docker info --format '{{.DockerRootDir}}'") for each in daemons]
+    daemons = [start(KEPT, {"0 1 2 3 4 5 6 7": "0 1"}).ready() for _ in range(3)]
+    roots = [daemon.sh("docker info --format '{{.DockerRootDir}}'") for daemon in daemons]
     assert roots == ["/store/0", "/store/1", "/var/lib/docker"]
-    assert b"no layers are kept" in daemons[2].logs()
+    assert "no layers are kept" in daemons[2].output()
 
 
 def test_a_store_that_dockerd_cannot_use_is_set_aside(start: Start) -> None:
-    second = second_after(start, f"{KEEP}; echo broken >/store/0/network/files/local-kv.db")
-    assert run_shell(second, IMAGES) == ""
-    assert run_shell(second, "ls -d /store/0.broken/network") == "/store/0.broken/network"
-    assert b"set aside as /store/0.broken" in second.logs()
+    spoil = "echo broken >/store/0/network/files/local-kv.db"
+    second = second_after(start, CREATE_IMAGE_AND_CONTAINER + spoil)
+    assert second.sh(IMAGES) == ""
+    assert second.sh("ls -d /store/0.broken/network") == "/store/0.broken/network"
+    assert "set aside as /store/0.broken" in second.output()
 
 
-def test_what_does_not_touch_the_store(start: Start) -> None:
-    """A daemon that dies in mid-run, a configuration that dockerd refuses, and SIGTERM while dockerd starts."""
-    first = ready(start(KEPT))
-    run_shell(first, f"{KEEP}; kill -9 $(pidof dockerd)")
-    end(first)
+@pytest.fixture
+def good_store(start: Start) -> Iterator[None]:
+    """A store with an image. It is as good when the test has ended."""
+    first = start(KEPT).ready()
+    first.sh(CREATE_IMAGE_AND_CONTAINER)
+    first.kill("SIGKILL")
+    yield
+    assert start(KEPT).ready().sh(IMAGES) == "kept"
+
+
+@pytest.mark.usefixtures("good_store")
+def test_a_daemon_that_dies_in_mid_run_leaves_its_store(start: Start) -> None:
+    daemon = start(KEPT).ready()
+    daemon.sh("kill -9 $(pidof dockerd)")
+    daemon.ends()
+
+
+@pytest.mark.usefixtures("good_store")
+def test_a_configuration_that_dockerd_refuses_leaves_the_store(start: Start) -> None:
     refused = start(KEPT, daemon_json='{"mtu": ')
-    assert (
-        "unable to configure the Docker daemon with file /etc/docker/daemon.json" in end(refused)[1]
-    )
-    slow = start(KEPT, {"dockerd-entrypoint.sh dockerd": 'sh -c "exec sleep 300"'})
-    wait_for(lambda: b"configuration OK" in slow.logs(), "it starts", slow.logs)
+    refused.ends()
+    why = "unable to configure the Docker daemon with file /etc/docker/daemon.json"
+    assert why in refused.output()
+
+
+@pytest.mark.usefixtures("good_store")
+def test_sigterm_while_dockerd_starts_leaves_the_store(start: Start) -> None:
+    slow = start(KEPT, {START_DOCKERD: 'sh -c "exec sleep 300"'})
+    slow.writes("configuration OK")
     slow.kill("SIGTERM")
-    end(slow)
-    assert run_shell(ready(start(KEPT)), IMAGES) == "kept"
+    slow.ends()
 
 
-def test_the_hook_has_a_limit(start: Start) -> None:
-    """A daemon that hangs, here for the hook alone: the flow starts all the same, and says what is wrong."""
+def test_the_flow_starts_though_the_daemon_hangs(start: Start) -> None:
+    """The hook has a limit, so that the flow can say what is wrong."""
     hung = start(KEPT, {"timeout 60": "timeout 1", "until docker info": "until false"})
+    assert hung.hook
     hung.hook.result(timeout=20)
-    run_shell(hung, "ls /hook")
+    hung.sh("ls /hook")

@@ -4,19 +4,27 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-T = TypeVar("T")
+Result = TypeVar("Result")
+
+
+def nothing() -> str:
+    return ""
 
 
 def wait_for(
-    condition: Callable[[], T],
+    condition: Callable[[], Result],
     what: str,
-    seen: Callable[[], object] = lambda: "",
+    seen: Callable[[], object] = nothing,
     timeout: float = 30,
-) -> T:
-    """Wait until a condition holds, and return what it returned. After `timeout` seconds fail, with what is seen."""
+) -> Result:
+    """Wait until a condition holds, and return what it returned.
+
+    After `timeout` seconds the test fails, and says what is seen.
+    """
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if result := condition():
+        result = condition()
+        if result:
             return result
         time.sleep(0.1)
     raise AssertionError(f"not within {timeout:g} s: {what}. Seen:\n{seen()}")
