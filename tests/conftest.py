@@ -32,6 +32,6 @@ def engine() -> Iterator[docker.DockerClient]:
 
 
 def remove_containers_of_this_session(client: docker.DockerClient) -> None:
-    ours = {"label": f"docker-sidecar-on-kubernetes={SESSION}"}
-    for container in client.containers.list(all=True, filters=ours):
+    label = f"docker-sidecar-on-kubernetes={SESSION}"
+    for container in client.containers.list(all=True, filters={"label": label}):
         container.remove(force=True, v=True)

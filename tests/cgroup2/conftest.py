@@ -13,8 +13,9 @@ from tests.support.cgroup2_node import Node, built
 @pytest.fixture(scope="session")
 def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     """The machine. The test that is the first to ask for it waits until it is built and booted."""
-    install = [PROJECT / "scripts" / "apt-install.sh", "--no-install-recommends"]
-    subprocess.run([*install, "qemu-system-x86", "e2fsprogs"], check=True)
+    install = str(PROJECT / "scripts" / "apt-install.sh")
+    packages = ["qemu-system-x86", "e2fsprogs"]
+    subprocess.run([install, "--no-install-recommends", *packages], check=True)
     with scripts.engine.running() as client:
         folder = built(client)
     machine = Node(folder, tmp_path_factory.mktemp("node") / "console")

@@ -146,12 +146,16 @@ def test_bash_and_zsh_read_the_commands_alike(zsh: str, tmp_path: Path) -> None:
             folder = tmp_path / f"{number}-{shell}"
             folder.mkdir()
             notes = folder / "seen"
-            path = str(programs)
             subprocess.run(
                 [shutil.which(shell) or shell, *options],
                 input=script + "\n",
                 cwd=folder,
-                env={"PATH": path, "SEEN": str(notes), "HOME": str(folder), "TERM": "dumb"},
+                env={
+                    "PATH": str(programs),
+                    "SEEN": str(notes),
+                    "HOME": str(folder),
+                    "TERM": "dumb",
+                },
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 text=True,

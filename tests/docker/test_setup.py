@@ -16,7 +16,7 @@ import requests
 from flows.settings import PROJECT
 from scripts import engine as setup
 from scripts import registry
-from scripts.base import ANSWER_SECONDS, LABELS, PREFECT, REGISTRY_IMAGE, SetupError
+from scripts.base import ANSWER_SECONDS, LABELS, NAME, PREFECT, REGISTRY_IMAGE, SetupError
 from scripts.images import can_pull, provide
 from tests.support.containers import PREFECT_IMAGE, import_busybox
 from tests.support.daemons import Daemon
@@ -94,11 +94,11 @@ def test_a_dockerd_that_cannot_start_leaves_what_is_there(
     monkeypatch.setattr(setup, "HOME", tmp_path / "home")
     monkeypatch.setattr(setup, "SOCKET", f"unix://{tmp_path}/none.sock")
     monkeypatch.setattr(setup, "_started", [])  # the tests' own engine may be in it
-    monkeypatch.setattr(setup.os, "geteuid", lambda: 0)
-    monkeypatch.setattr(setup.sys, "platform", "linux")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    monkeypatch.setattr("sys.platform", "linux")
     with pytest.raises(SetupError, match="no such luck"):
         setup.start()
-    assert engine.containers.get(f"{registry.NAME}-registry").status == "running"
+    assert engine.containers.get(f"{NAME}-registry").status == "running"
 
 
 def test_a_registry_is_waited_for_whatever_it_has_logged(

@@ -14,7 +14,7 @@ import pytest
 
 from flows.settings import load_job_template
 from scripts import registry
-from tests.support.bench import CLUSTER, COLD, MANY, in_turn, publish, spread, table
+from tests.support.bench import CLUSTER, COLD, MANY, Target, in_turn, publish, spread, table
 from tests.support.containers import PREFECT_IMAGE
 from tests.support.kubectl import on_node
 from tests.support.namespaces import Namespace
@@ -33,7 +33,9 @@ EVENTS = (
     "Complete",
 )
 LABEL = "prefect.io/flow_run_id"
-PLAIN, BY_HAND, AGAIN = "a plain Job", "the Docker CLI", "kept_layers, again"
+PLAIN = "a plain Job"
+BY_HAND = "the Docker CLI"
+AGAIN = "kept_layers, again"
 pytestmark = pytest.mark.timeout(5400)
 
 
@@ -60,31 +62,40 @@ def measure(submit: Submit, namespace: Namespace, quiet: Callable[[], None]) -> 
             quiet()
         run = submit(template, command="true", **parameters)
         run.succeeds()
-        created = namespace.job_created(run.record.id)
         _, complete = run.job_ends()
-        # from the node, for Kubernetes gives whole seconds
-        containers = (
-            f"crictl ps --all --quiet --pod $(crictl pods --quiet --label {LABEL}={run.record.id})"
-        )
-        seen = on_node("sh", "-c", f"crictl inspect $({containers})")
-        ended = sorted(
-            datetime.fromisoformat(f"{t}+00:00")
-            for t in re.findall(r'finishedAt": "(2[^"]{25})', seen)
-        )
         run.logged("xited with code")
-
-        def logged(pattern: str) -> datetime:
-            return next(
-                log.timestamp for log in run.record.logs if re.search(pattern, str(log.message))
-            )
-
         states = {state.state: state.timestamp for state in run.record.states}
-        times = [states["Running"], logged("(Downloaded newer image|Image is up to date) for")]
-        times += [logged("xited with code"), states["Success"], *ended, complete]
-        assert len(times) == len(EVENTS), seen
-        return {event: (at - created).total_seconds() for event, at in zip(EVENTS, times)}
+        flow_ended, daemon_ended = ends_of_containers(run)
+        times = {
+            "Running": states["Running"],
+            "image pulled": logged_at(run, "(Downloaded newer image|Image is up to date) for"),
+            "container exited": logged_at(run, "xited with code"),
+            "Success": states["Success"],
+            "flow ended": flow_ended,
+            "daemon ended": daemon_ended,
+            "Complete": complete,
+        }
+        created = namespace.job_created(run.record.id)
+        return {event: (time - created).total_seconds() for event, time in times.items()}
 
     return measure
+
+
+def logged_at(run: SubmittedRun, pattern: str) -> datetime:
+    """When the run first logged something like this."""
+    for log in run.record.logs:
+        if re.search(pattern, str(log.message)):
+            return log.timestamp
+    raise AssertionError(f"{pattern} is not in the logs: {run.seen()}")
+
+
+def ends_of_containers(run: SubmittedRun) -> list[datetime]:
+    """When the containers of a run's pod ended, from the node: Kubernetes gives whole seconds."""
+    pod = f"$(crictl pods --quiet --label {LABEL}={run.record.id})"
+    containers = f"$(crictl ps --all --quiet --pod {pod})"
+    inspected = on_node("sh", "-c", f"crictl inspect {containers}")
+    ended = re.findall(r'finishedAt": "(2[^"]{25})', inspected)
+    return sorted(datetime.fromisoformat(f"{time}+00:00") for time in ended)
 
 
 def template(name: str) -> dict[str, Any]:
@@ -99,7 +110,7 @@ def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
     name = f"plain-{uuid.uuid4()}"
     labels = {LABEL: name}
     pod = {"metadata": {"labels": labels}, "spec": {**spec, "restartPolicy": "Never"}}
-    body = {
+    body: Any = {
         "metadata": {"name": name, "labels": labels},
         "spec": {"backoffLimit": 0, "template": pod},
     }
@@ -137,8 +148,9 @@ def test_a_run_and_a_plain_job(
     calls: dict[str, Callable[[], Row]] = {
         name: partial(measure, template(name)) for name in templates
     }
-    runs = in_turn(5, {**calls, PLAIN: partial(plain, namespace, spec)})
-    targets = []
+    calls[PLAIN] = partial(plain, namespace, spec)
+    runs = in_turn(5, calls)
+    targets: list[Target] = []
     for name in templates:
         more = middle(runs[name], "Complete") - middle(runs[PLAIN], "Complete")
         targets.append((f"{name}, Complete, more than {PLAIN}", 5, more, "s"))

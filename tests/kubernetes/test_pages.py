@@ -6,12 +6,10 @@ import os
 import shlex
 import subprocess
 import sys
-import threading
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
 from scripts import cluster
 from scripts.base import DAEMON
 from scripts.registry import REGISTRY
+from tests.support.background_server import BackgroundServer, QuietHandler
 from tests.support.containers import PREFECT_IMAGE
 from tests.support.kubectl import NAMESPACE, kubectl, on_node
 from tests.support.namespaces import Namespace, RunningPod
@@ -84,14 +83,17 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
     name = f"datasets-{uuid.uuid4().hex[:8]}"
     claim = yaml.safe_load(example("volume-claim"))
     claim["spec"]["storageClassName"] = name
-    volume = {"apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name}}
-    volume["spec"] = {
+    spec = {
         "capacity": claim["spec"]["resources"]["requests"],
         "accessModes": claim["spec"]["accessModes"],
-    }
-    volume["spec"] |= {
         "storageClassName": name,
         "hostPath": {"path": f"/var/lib/{name}", "type": "DirectoryOrCreate"},
+    }
+    volume = {
+        "apiVersion": "v1",
+        "kind": "PersistentVolume",
+        "metadata": {"name": name},
+        "spec": spec,
     }
     kubectl("create --filename -", yaml.safe_dump_all([volume, claim]))
     try:
@@ -292,8 +294,7 @@ def register(api: PrefectAPI, folder: Path, source: str) -> str:
     shell(
         "prefect register --project containers --path parent.py",
         folder,
-        **api.env,
-        PREFECT__HOME_DIR=home,
+        environment={**api.env, "PREFECT__HOME_DIR": home},
     )
     return next(reversed(api.flows))
 
@@ -305,9 +306,11 @@ def executing(api: PrefectAPI, run: SubmittedRun, **environment: str) -> Iterato
         "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner"
     }
     environment |= {**api.env, "PREFECT__CONTEXT__FLOW_RUN_ID": run.record.id}
-    command = [Path(sys.executable).with_name("prefect"), "execute", "flow-run"]
+    prefect = str(Path(sys.executable).with_name("prefect"))
     process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL
+        [prefect, "execute", "flow-run"],
+        env={**os.environ, **environment},
+        stdout=subprocess.DEVNULL,
     )
     try:
         yield
@@ -351,21 +354,28 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     assert (children(api, good), children(api, bad)) == (["Success"], ["Failed"])
 
 
-@pytest.fixture
-def slack() -> Iterator[HTTPServer]:
-    class Slack(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.server.messages.append(
-                self.rfile.read(int(self.headers["Content-Length"])).decode()
-            )
-            self.send_response(200)
-            self.end_headers()
+class Slack(BackgroundServer):
+    """Takes what is sent to a webhook of Slack."""
 
-    with HTTPServer(("127.0.0.1", 0), Slack) as server:
-        server.messages = []
-        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), TakesMessages)
+        self.messages: list[str] = []
+
+
+class TakesMessages(QuietHandler):
+    server: Slack
+
+    def do_POST(self) -> None:
+        length = int(self.headers["Content-Length"])
+        self.server.messages.append(self.rfile.read(length).decode())
+        self.send_response(200)
+        self.end_headers()
+
+
+@pytest.fixture
+def slack() -> Iterator[Slack]:
+    with Slack() as server:
         yield server
-        server.shutdown()
 
 
 def test_a_parent_with_retries_notification_and_results(
@@ -373,7 +383,7 @@ def test_a_parent_with_retries_notification_and_results(
     deployment: None,
     small_image: str,
     namespace: Namespace,
-    slack: HTTPServer,
+    slack: Slack,
     tmp_path: Path,
 ) -> None:
     """Two containers, one of which always fails: it is tried in two runs, and is told of once."""
@@ -433,7 +443,7 @@ def test_a_cancelled_parent_cancels_its_containers(
         [child] = [run for run in api.flow_runs.values() if is_child(run, parent)]
         SubmittedRun(namespace, child).container_writes("up")
         cancel = example("cancel").replace("RUN_ID", parent.record.id)
-        shell(cancel, **api.env)
+        shell(cancel, environment=api.env)
         parent.reaches("Cancelled")
         parent.wait(lambda: children(api, parent) == ["Cancelled"], "so is the container's", 90)
 
@@ -442,7 +452,7 @@ def test_an_image_in_a_plain_job(namespace: Namespace, tmp_path: Path) -> None:
     """The flow runs here, by the kubeconfig; its account may do what the flow does."""
     account = example("plain-job-account").replace("jobs:plain-job", f"{NAMESPACE}:plain-job")
     kubeconfig = {"KUBECONFIG": str(cluster.KUBECONFIG)}
-    shell(account.replace("namespace jobs", f"namespace {NAMESPACE}"), **kubeconfig)
+    shell(account.replace("namespace jobs", f"namespace {NAMESPACE}"), environment=kubeconfig)
     user = f"--as=system:serviceaccount:{NAMESPACE}:plain-job"
     for right in ("create jobs", "get jobs/status", "delete jobs", "list pods", "get pods/log"):
         assert "yes" in kubectl(f"auth can-i {right} {user}")
@@ -452,9 +462,9 @@ def test_an_image_in_a_plain_job(namespace: Namespace, tmp_path: Path) -> None:
         source.replace('NAMESPACE = "jobs"', f'NAMESPACE = "{NAMESPACE}"')
     )
     run = "prefect run --path plain_job.py"
-    assert "no Docker" in shell(run, tmp_path, **kubeconfig)
+    assert "no Docker" in shell(run, tmp_path, environment=kubeconfig)
     fails = """--param command='["sh","-c","echo no such order; exit 3"]' && exit 1 || true"""
-    printed = shell(f"{run} {fails}", tmp_path, **kubeconfig)
+    printed = shell(f"{run} {fails}", tmp_path, environment=kubeconfig)
     assert "no such order" in printed
     assert "failed" in printed
 
@@ -495,7 +505,7 @@ def test_own_flows_in_a_repository_of_their_own(
         )
     modules = " ".join(f"-m flows.{module}" for module in SOURCES)
     register = example("register-own").replace("-m flows.two_containers", modules)
-    shell(register, tmp_path, **api.env, FLOW_REGISTRY_URL=REGISTRY)
+    shell(register, tmp_path, environment={**api.env, "FLOW_REGISTRY_URL": REGISTRY})
     ids = [*api.flows][-len(SOURCES) :]
     runs = {
         name: start(api, namespace, id, parameters={"image": small_image})

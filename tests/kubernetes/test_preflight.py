@@ -31,7 +31,8 @@ def place(namespace: Namespace) -> Iterator[str]:
     """A namespace of a test's own, where the Agent has its rights."""
     name = f"tests-{uuid.uuid4().hex[:8]}"
     labels = {"pod-security.kubernetes.io/enforce": "privileged"}
-    namespace.core.create_namespace({"metadata": {"name": name, "labels": labels}})
+    body: Any = {"metadata": {"name": name, "labels": labels}}
+    namespace.core.create_namespace(body)
     try:
         rbac = RBAC.read_text().replace("namespace: default", f"namespace: {name}")
         shell(f"kubectl create --namespace {name} --filename -", stdin=rbac)
@@ -245,8 +246,8 @@ def test_what_the_pod_needs_and_is_not_there(check: Check, place: str, tmp_path:
     for name in ("gone", "another"):
         key = {"secretKeyRef": {"name": name, "key": "token"}}
         spec["containers"][1]["env"].append({"name": name, "valueFrom": key})
-    key = {"configMapKeyRef": {"name": "maybe", "key": "b", "optional": True}}
-    spec["containers"][1]["env"].append({"name": "maybe", "valueFrom": key})
+    optional = {"configMapKeyRef": {"name": "maybe", "key": "b", "optional": True}}
+    spec["containers"][1]["env"].append({"name": "maybe", "valueFrom": optional})
     spec["volumes"].append({"name": "settings", "configMap": {"name": "settings"}})
     spec["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": "data"}})
     changed = own(tmp_path, template)

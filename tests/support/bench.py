@@ -12,16 +12,15 @@ from typing import TypeVar
 from flows.settings import PROJECT
 from scripts.base import CACHE
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 Target = tuple[str, float, float, str]  # what, at most how much, how much, unit
-PAGE, SECTIONS = PROJECT / "docs" / "benchmarks.md", CACHE / "benchmarks.json"
-ENGINE, CLUSTER, COLD, MANY, OUTPUT = (
-    "On your engine",
-    "On a cluster",
-    "The first pull of an image",
-    "Many runs at once, on one node",
-    "A container that writes a lot",
-)
+PAGE = PROJECT / "docs" / "benchmarks.md"
+SECTIONS = CACHE / "benchmarks.json"
+ENGINE = "On your engine"
+CLUSTER = "On a cluster"
+COLD = "The first pull of an image"
+MANY = "Many runs at once, on one node"
+OUTPUT = "A container that writes a lot"
 ORDER = (ENGINE, CLUSTER, COLD, MANY, OUTPUT)  # on the page
 HEAD = """# Benchmarks
 
@@ -32,12 +31,12 @@ On the cluster there is one clock: seconds since Kubernetes created the Job. Bef
 looks for runs every 0.25 to 10 s. That is the same for all templates, and not counted."""
 
 
-def in_turn(rounds: int, measure: Mapping[str, Callable[[], T]]) -> dict[str, list[T]]:
+def in_turn(rounds: int, measure: Mapping[str, Callable[[], Result]]) -> dict[str, list[Result]]:
     """Call each function once a round, and return what each returned.
 
     Every second round has the opposite order.
     """
-    found: dict[str, list[T]] = {name: [] for name in measure}
+    found: dict[str, list[Result]] = {name: [] for name in measure}
     for number in range(rounds):
         names = list(measure)
         if number % 2:

@@ -1,13 +1,14 @@
 """Containers that last as long as a block, and the small image that most of them run."""
 
 import base64
+import io
+import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import docker
 from docker.models.containers import Container
-from docker.utils.build import create_archive
 
 from scripts.base import DAEMON, PREFECT
 from tests.support.session import SESSION_LABELS
@@ -40,14 +41,21 @@ def running_container(
 def run_shell(container: Container, script: str) -> str:
     """Run shell commands in a container, successfully, and return what they write."""
     status, output = container.exec_run(["sh", "-euc", script])
-    assert status == 0, output.decode()
-    return str(output.decode().strip())
+    assert isinstance(output, bytes)
+    text = output.decode()
+    assert status == 0, text
+    return text.strip()
 
 
 def archive(files: dict[str, bytes]) -> bytes:
     """Files by their paths as a tar archive, which `put_archive` takes."""
-    texts = [(name, content.decode()) for name, content in files.items()]
-    return bytes(create_archive("/", files=[], extra_files=texts).read())
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return content.getvalue()
 
 
 def import_busybox(

@@ -108,7 +108,7 @@ class RunningPod:
         return str(said)
 
     def asks(self, container: str, address: str) -> str:
-        """What a connection from a container, which has Python, to port 2375 of an address meets."""
+        """What a connection from a container, by Python, to port 2375 of an address meets."""
         script = f"import socket; socket.create_connection(('{address}', 2375), 5); print('open')"
         said = self.execute(container, "python", "-c", script)
         return said.strip().splitlines()[-1]

@@ -26,8 +26,7 @@ def reachable_prefect_api(client: docker.DockerClient) -> Iterator[PrefectAPI]:
     with PrefectAPI(host=gateway) as api:
         connect = ["bash", "-c", f"</dev/tcp/{gateway}/{api.server_port}"]
         status, output = client.containers.get(cluster.NODE).exec_run(connect)
-        why = f"pods cannot reach this machine at {api.url}; a firewall? {output.decode()}"
-        assert status == 0, why
+        assert status == 0, f"pods cannot reach this machine at {api.url}; a firewall? {output!r}"
         os.environ["DOCKER_SIDECAR_TESTS_API"] = api.url
         yield api
     assert not api.errors, api.errors

@@ -20,9 +20,9 @@ def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
         "namespace flows": f"namespace {NAMESPACE}",
         "NAMESPACE=flows": f"NAMESPACE={NAMESPACE}",
     }
-    return shell(
-        replaced(script, {**names, **(instead or {})}),
-        HOME=os.environ["DOCKER_SIDECAR_TESTS"],
-        KUBECONFIG=str(cluster.KUBECONFIG),
-        FLOW_IMAGE_TAG=SESSION,  # which the node has not pulled
-    )
+    environment = {
+        "HOME": os.environ["DOCKER_SIDECAR_TESTS"],
+        "KUBECONFIG": str(cluster.KUBECONFIG),
+        "FLOW_IMAGE_TAG": SESSION,  # which the node has not pulled
+    }
+    return shell(replaced(script, {**names, **(instead or {})}), environment=environment)

@@ -22,4 +22,8 @@ def set_up_before_workers(
     if starts_workers:
         context = set_up()
         context.__enter__()
-        session.config.add_cleanup(lambda: context.__exit__(None, None, None))
+
+        def clean_up() -> None:
+            context.__exit__(None, None, None)
+
+        session.config.add_cleanup(clean_up)

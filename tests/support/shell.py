@@ -9,7 +9,12 @@ from pathlib import Path
 from flows.settings import PROJECT
 
 
-def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environment: str) -> str:
+def shell(
+    script: str,
+    cwd: Path = PROJECT,
+    stdin: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> str:
     """Run a script with the programs of .venv, successfully, and return what it writes."""
     home_of_the_tests = os.environ.get("DOCKER_SIDECAR_TESTS", "")
     programs = Path(sys.executable).parent
@@ -17,7 +22,7 @@ def shell(script: str, cwd: Path = PROJECT, stdin: str | None = None, **environm
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=cwd,
-        env={**os.environ, "PATH": path, **environment},
+        env={**os.environ, "PATH": path, **(environment or {})},
         input=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prefect import Flow
@@ -17,7 +18,8 @@ TASKS = ["PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "G
 
 def daemons_of(flow: Flow) -> set[str]:
     """The URLs of the daemons that the flow's Docker tasks use."""
-    return {flow.get_tasks(name)[0].docker_server_url for name in TASKS}
+    tasks: list[Any] = [flow.get_tasks(name)[0] for name in TASKS]
+    return {task.docker_server_url for task in tasks}
 
 
 @pytest.mark.parametrize("value", [None, ""], ids=["not set", "empty"])
@@ -42,7 +44,7 @@ def test_settings_reach_the_flow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("FLOW_IMAGE_TAG", "2")
     monkeypatch.setenv("FLOW_BASE_IMAGE", "python:3.11")
     monkeypatch.setenv("JOB_TEMPLATE", str(template))
-    flow = extract_flow_from_file(str(SCRIPT))
+    flow: Any = extract_flow_from_file(str(SCRIPT))
     assert flow.storage.name == "localhost:5000/team/flow:2"
     assert flow.storage.build_kwargs["buildargs"] == {"BASE_IMAGE": "python:3.11"}
     assert flow.run_config.job_template["metadata"]["name"] == "own"

@@ -18,7 +18,12 @@ TEMPLATES = {
     path.stem: load_job_template(path.stem) for path in sorted(JOB_TEMPLATES.glob("*.yaml"))
 }
 # SC2016: a script within the script has variables of its own.
-SHELLCHECK = [Path(sys.executable).with_name("shellcheck"), "--shell=sh", "--exclude=SC2016", "-"]
+SHELLCHECK = [
+    str(Path(sys.executable).with_name("shellcheck")),
+    "--shell=sh",
+    "--exclude=SC2016",
+    "-",
+]
 
 
 def containers(job: dict[str, Any]) -> list[dict[str, Any]]:

@@ -120,9 +120,12 @@ with engine.running():
     time.sleep(60)
     print("no signal came", flush=True)
 """
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=PROJECT, text=True, **pipes
+        [sys.executable, "-c", script],
+        cwd=PROJECT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signum)
