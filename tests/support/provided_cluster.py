@@ -69,7 +69,7 @@ def registered_flows(home: str) -> Path:
 def api_with_the_flow(client: docker.DockerClient) -> Iterator[PrefectAPI]:
     """A Prefect API of this process, in which the flow is registered."""
     stored = registered_flows(os.environ["DOCKER_SIDECAR_TESTS"]).read_bytes()
-    [flow] = pickle.loads(stored)
+    [flow] = pickle.loads(stored)  # noqa: S301  # of this test session
     with reachable_prefect_api(client) as api:
         api.flows[flow.id] = flow
         api._store.project.append(flow.project)
