@@ -3,12 +3,13 @@
 Other tests run the examples.
 """
 
+import ast
 import itertools
 import json
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from urllib.parse import unquote
@@ -18,6 +19,8 @@ import toml
 import yaml
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from prefect.agent.kubernetes import agent as kubernetes_agent
+from prefect.cli import run as prefect_run
 from prefect.cli.build_register import TerminalError
 from prefect.cli.run import load_json_key_values
 
@@ -184,3 +187,39 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or target.suffix != ".md" or anchor in anchors(target), (
             f"{link}: {anchors(target)}"
         )
+
+
+def said_by(paths: Iterable[Path]) -> Iterator[str]:
+    """The texts in some Python files; of an f-string, what stands between its values."""
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def messages() -> list[str]:
+    """The headings of docs/troubleshooting.md that are messages; not those of others' programs."""
+    text = page_text("docs/troubleshooting.md")
+    return re.findall(r"^### `(.*)`$", text, re.M)
+
+
+OTHERS = {  # what Docker, Kubernetes, Prefect Server and Python say
+    'violates PodSecurity "baseline:latest"',
+    "exceeded quota",
+    "… nodes are available",
+    "exec /usr/bin/tini: exec format error",
+    "ModuleNotFoundError: No module named 'flows'",
+    "No heartbeat detected from the remote task; marking the run as failed.",
+    "Rescheduled by a Lazarus process.",
+    "State payload is too large.",
+}
+
+
+@pytest.mark.parametrize("message", sorted({*messages()} - OTHERS))
+def test_a_message_of_the_page_is_still_said(message: str) -> None:
+    python = [*PROJECT.glob("flows/*.py"), *PROJECT.glob("scripts/**/*.py")]
+    python += [Path(kubernetes_agent.__file__), Path(prefect_run.__file__)]
+    other = [*PROJECT.glob("deploy/**/*.yaml"), PROJECT / "scripts" / "setup.sh"]
+    said = [*said_by(python), *(path.read_text(encoding="utf-8") for path in other)]
+    for part in re.split(r"`, `|…", message):
+        assert any(part in each for each in said), f"nobody says {part!r}"
