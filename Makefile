@@ -4,23 +4,16 @@
 
 BIN := .venv/bin
 
-# These count where they stand on make's command line: an environment may have variables of these names. They are
-# passed on unchanged: otherwise make would expand $ in them.
-define of_command_line
-ifeq ($(origin $(1)),command line)
-override $(1) := $$(value $(1))
-export $(1)
-else
-unexport $(1)
-endif
-endef
-NAMES := IMAGE COMMAND ENVIRONMENT HOST_CONFIG EXTRA_DOCKER_KWARGS TIME_LIMIT NAMESPACE SERVICE_ACCOUNT PROJECT
-$(foreach name,$(NAMES),$(eval $(call of_command_line,$(name))))
-# What else may stand there: what the programs read from the environment. Anything else is a misspelt parameter.
-OTHERS := BIN DOCKER_% FLOW_% GO% HOME JOB_TEMPLATE KIND_% KUBE% MAKE% PATH PIP_% PREFECT__% PYTHON% SHELL UV_% XDG_%
-given = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
-unknown = $(filter-out $(NAMES) $(OTHERS) %_PROXY %_proxy,$(given))
-refuse_unknown = $(if $(unknown),$(error there is no parameter $(unknown). Known: $(NAMES)))
+# What the programs read from the environment, also if it stands on make's command line.
+SETTINGS := BIN DOCKER_HOST DOCKER_CONTEXT DOCKER_CONFIG DOCKER_CERT_PATH DOCKER_TLS_VERIFY \
+  FLOW_% GO% HOME JOB_TEMPLATE KIND_% KUBE% MAKE% PATH PIP_% PREFECT__% PYTHON% SHELL SSL_% \
+  REQUESTS_CA_BUNDLE UV_% XDG_% %_PROXY %_proxy
+# Anything else there is a parameter. It is handed on as it was written, in GIVEN: scripts/given.py
+# reads it. It is not exported, because make would expand the $ in it. `override` is for `make -e`.
+parameters = $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+unexport $(filter-out $(SETTINGS),$(parameters))
+override GIVEN := $(MAKEOVERRIDES)
+export GIVEN
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,7 +25,6 @@ help: ## list the targets
 	@scripts/setup.sh dev
 
 run: .venv/ready ## run the flow on your Docker engine; IMAGE=… COMMAND=… and the flow's other parameters
-	$(refuse_unknown)
 	@$(BIN)/python -m scripts.run
 
 test: lint ## lint, and run all tests that this machine can run
@@ -69,12 +61,10 @@ airgap: .venv/ready ## without Docker Hub: build all images, Docker and Kubernet
 	@$(BIN)/python -m scripts.cluster airgap
 
 preflight: .venv/ready ## check the setup for Kubernetes; changes nothing; NAMESPACE=… SERVICE_ACCOUNT=… PROJECT=…
-	$(refuse_unknown)
 	@$(BIN)/python -m scripts.preflight
 
 lock: .venv/ready ## update requirements.txt and requirements-dev.txt
 	@scripts/lock.sh
 
 clean: .venv/ready ## stop everything; remove .venv and caches
-	@$(BIN)/python -m scripts.cluster clean
-	@rm -rf .venv
+	@$(BIN)/python -m scripts.cluster clean; status=$$?; rm -rf .venv; exit $$status

@@ -80,7 +80,7 @@ PARAMETERS = (
         name="environment",
         check=check_environment,
         allowed="a mapping or a list",
-        example='{"NAME":"value"} or ["NAME"]',
+        example='{"NAME":"value"}',
     ),
     RunParameter(
         name="host_config",

@@ -1,6 +1,7 @@
-"""What the other scripts share: names of what they make, and how they wait and fail."""
+"""What the other scripts share: names of what they make, and how they wait, fail and end."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -8,20 +9,20 @@ from pathlib import Path
 import requests
 from docker.errors import DockerException
 
-from flows.settings import load_job_template
-
 CACHE = Path(
     os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "docker-sidecar-on-kubernetes"
 )
 NAME = "docker-sidecar"
 LABELS = {"docker-sidecar-on-kubernetes": "make"}  # of containers and networks started here
-# as the flow, the flow's image and the Agent's manifest name it
-PREFECT = tuple(f"prefecthq/prefect:1.4.1{python}" for python in ("", "-python3.10", "-python3.7"))
-DAEMON = str(
-    load_job_template("native_sidecar")["spec"]["template"]["spec"]["initContainers"][0]["image"]
+PREFECT = (
+    "prefecthq/prefect:1.4.1",  # the flow's default container
+    "prefecthq/prefect:1.4.1-python3.10",  # what the flow's image is built from
+    "prefecthq/prefect:1.4.1-python3.7",  # the Agent's manifest names it
 )
+DAEMON = "docker:29.9.0-dind"  # as in job_templates/
 REGISTRY_IMAGE = "registry:3"
-ANSWER_SECONDS, START_SECONDS = 5, 60
+ANSWER_SECONDS = 5
+START_SECONDS = 60
 UNREACHABLE = (DockerException, requests.RequestException)
 
 
@@ -36,9 +37,13 @@ def say(message: str) -> None:
 
 def root_cause(error: BaseException) -> BaseException:
     """An error without what libraries wrap around it."""
-    while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+    while True:
+        inner = error.__cause__
+        if inner is None and not error.__suppress_context__:
+            inner = error.__context__
+        if inner is None:
+            return error
         error = inner
-    return error
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:
@@ -48,3 +53,18 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             raise SetupError(f"not within {START_SECONDS} s: {what}")
         time.sleep(0.1)
+
+
+def clean_up_on_signals() -> None:
+    """Treat SIGTERM, and a terminal that is closed, like Ctrl-C, so that cleanup runs.
+
+    The second SIGTERM is ignored: make sends one as well.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -26,13 +26,14 @@ from prefect.storage import Docker
 from prefect.utilities.graphql import GraphQLResult
 
 from flows.settings import Settings
-from scripts import engine
+from scripts import engine, given
 from scripts.base import root_cause
 
 SECONDS = 10  # the time limit of a request
 NAME = "docker-sidecar"  # of the ConfigMap and the Secret that job_templates/ mount
 # What the Agent of Prefect 1.4.1 does in the cluster, see its agent.py; its rbac.yaml grants more.
 RIGHTS = ("create jobs", "list jobs", "delete jobs", "list pods", "list events")
+PARAMETERS = ("NAMESPACE", "SERVICE_ACCOUNT", "PROJECT")
 TTL = 120  # the Agent looks at Jobs once a minute; one that has gone by then cannot fail its run
 
 
@@ -342,12 +343,14 @@ class Preflight:
 
 def main() -> None:
     """Run every check, print a line on each, and exit with 0 if and only if nothing is wrong."""
-    namespace, account = (
-        os.environ.get(name) or "default" for name in ("NAMESPACE", "SERVICE_ACCOUNT")
-    )
+    try:
+        place = given.parameters("preflight", PARAMETERS)
+    except given.UnknownParameter as error:
+        sys.exit(f"preflight: {error}")
+    namespace, account = (place.get(name) or "default" for name in ("NAMESPACE", "SERVICE_ACCOUNT"))
     outcomes: dict[str, str] = {}
     for name, check, wanted, remedy in Preflight(
-        namespace, account, os.environ.get("PROJECT", "")
+        namespace, account, place.get("PROJECT", "")
     ).checks:
         blocked = " and the ".join(
             it for it in wanted.split(", ") if outcomes.get(it) not in (None, "fine", "forbidden")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-import scripts.engine
 from flows.settings import PROJECT
+from scripts.airgap import dockerd
 from tests.support.cgroup2_node import Node, built
 
 
@@ -16,7 +16,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
     install = str(PROJECT / "scripts" / "apt-install.sh")
     packages = ["qemu-system-x86", "e2fsprogs"]
     subprocess.run([install, "--no-install-recommends", *packages], check=True)
-    with scripts.engine.running() as client:
+    with dockerd.running() as client:
         folder = built(client)
     machine = Node(folder, tmp_path_factory.mktemp("node") / "console")
     yield machine

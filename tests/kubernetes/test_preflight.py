@@ -65,7 +65,10 @@ def check(
                 "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION",
                 str(cluster.KUBECONFIG),
             )
-            for name, value in {**ours, **environment}.items():
+            all_given = {**ours, **environment}
+            words = [f"{name}={all_given.pop(name)}" for name in preflight.PARAMETERS]
+            patch.setenv("GIVEN", " ".join(word.replace(" ", "\\ ") for word in words))
+            for name, value in all_given.items():
                 patch.setenv(name, value)
             with set_temporary_config({"backend": "server", "cloud.api": api.url}):
                 preflight.main()

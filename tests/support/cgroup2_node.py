@@ -15,7 +15,7 @@ from flows.settings import PROJECT
 from scripts.airgap import images
 from scripts.base import CACHE, DAEMON, LABELS
 from scripts.cluster import DEFAULT_NODE
-from scripts.images import provide
+from scripts.registry import provide
 from tests.support.containers import import_busybox
 
 INIT = PROJECT / "tests" / "cgroup2" / "node"
@@ -54,7 +54,7 @@ def built(client: docker.DockerClient) -> Path:
 def provide_node(client: docker.DockerClient) -> str:
     """The id of the node's image: the one of `make airgap`, else kind's own from Docker Hub."""
     try:
-        node = client.images.get(images.NODE)
+        node = client.images.get(images.node_image())
     except ImageNotFound:
         provide(client, DEFAULT_NODE)
         node = client.images.get(DEFAULT_NODE)

@@ -12,6 +12,7 @@ from docker.models.networks import Network
 
 import scripts.engine
 import scripts.registry
+from scripts.airgap import dockerd
 from scripts.base import DAEMON, REGISTRY_IMAGE
 from tests.support.containers import PREFECT_IMAGE, running_container
 from tests.support.session import SESSION_LABELS
@@ -21,12 +22,12 @@ from tests.support.waiting import wait_for
 @contextmanager
 def provided_engine() -> Iterator[docker.DockerClient]:
     """This machine's Docker engine, with the images of the tests and a registry that has them."""
-    with scripts.engine.running() as client:
+    with dockerd.running() as client:
         registry_was_there = client.containers.list(filters={"name": "docker-sidecar-registry"})
         scripts.registry.start(client, DAEMON, PREFECT_IMAGE, REGISTRY_IMAGE)
         yield client
         if not registry_was_there:
-            scripts.engine.remove_ours(client)
+            dockerd.remove_ours(client)
 
 
 @dataclass

@@ -40,7 +40,7 @@ def provided_cluster() -> Iterator[docker.DockerClient]:
     """
     with provided_engine() as client, TemporaryDirectory() as home:
         was_up = cluster.node_of(client)
-        cluster.up(client)
+        cluster.start(client)
         registry.push(client, import_busybox(client), SMALL_IMAGE)
         os.environ["DOCKER_SIDECAR_TESTS"] = home
         install_kubectl(Path(home))
@@ -51,7 +51,7 @@ def provided_cluster() -> Iterator[docker.DockerClient]:
             registered_flows(home).write_bytes(pickle.dumps(list(api.flows.values())))
         yield client
         if not was_up:
-            cluster.down(client)
+            cluster.delete(client)
 
 
 def install_kubectl(home: Path) -> None:

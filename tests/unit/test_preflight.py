@@ -33,7 +33,10 @@ def run(
 
     def run(prefect_api: str = "", kubeconfig: str = "", **environment: str) -> Said:
         for name, value in environment.items():
-            monkeypatch.setenv(name, value)
+            if name in preflight.PARAMETERS:
+                monkeypatch.setenv("GIVEN", f"{name}={value}")
+            else:
+                monkeypatch.setenv(name, value)
         (tmp_path / "kubeconfig").write_text(kubeconfig)
         path = "kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION"
         monkeypatch.setattr(path, str(tmp_path / "kubeconfig"))

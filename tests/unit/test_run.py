@@ -1,5 +1,6 @@
 """What `make run` and its scripts say when they cannot do what they are asked for."""
 
+import json
 import os
 import re
 import shutil
@@ -15,91 +16,222 @@ import pytest
 from docker.context import ContextAPI
 
 from flows.settings import PROJECT
-from scripts import cluster, engine, run
+from scripts import cluster, engine, given, run
+from scripts.airgap import dockerd
 from scripts.base import SetupError
 from tests.support.docker_context import docker_context
+from tests.support.make import PATH, make
 from tests.support.waiting import wait_for
+
+
+def cache_of(folder: Path) -> Path:
+    """Where the scripts keep what they make, in these tests."""
+    return folder / "cache" / "docker-sidecar-on-kubernetes"
 
 
 @pytest.fixture(autouse=True)
 def _harmless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Where the code is wrong and goes on, there is no program to start or install a daemon with."""
+    """If the code is wrong and goes on, there is no program to start a daemon with."""
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine, "CACHE", tmp_path / "cache" / "docker-sidecar-on-kubernetes")
-    monkeypatch.setattr(engine, "SOCKET", f"unix://{tmp_path}/none.sock")
+    cache = cache_of(tmp_path)
+    monkeypatch.setattr(dockerd, "CACHE", cache)
+    monkeypatch.setattr(cluster, "CACHE", cache)
+    monkeypatch.setattr(dockerd, "HOME", cache / "dockerd")
+    monkeypatch.setattr(engine, "OWN_SOCKET", f"unix://{tmp_path}/none.sock")
+    monkeypatch.delenv("GIVEN", raising=False)
+
+
+def on_the_command_line(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """As make hands a parameter on; whether it does is another test."""
+    written = re.sub(r"([ \t\\])", r"\\\1", value).replace("$", "$$")
+    monkeypatch.setenv("GIVEN", f"{name}={written}")
 
 
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("IMAGE", "no image", "run: image is text, and no image reference"),
-        ("COMMAND", '["sh",', "run: command is "),
-        ("ENVIRONMENT", '{"A": 1', "(ENVIRONMENT is not JSON: Expecting ',' delimiter"),
-        ("TIME_LIMIT", "1h", "run: time_limit is text; give a number of seconds"),
-        ("TIME_LIMIT", "-1", "run: time_limit is not over 0"),
+        ("IMAGE", "no image", "make run IMAGE=alpine:3"),
+        ("COMMAND", '["sh",', "make run COMMAND="),
+        ("ENVIRONMENT", '{"A": 1', "(it is not JSON: Expecting ',' delimiter"),
+        ("ENVIRONMENT", '{"A": [1]}', "make run ENVIRONMENT="),
+        ("HOST_CONFIG", '{"nonsense": 1}', "make run HOST_CONFIG="),
+        ("EXTRA_DOCKER_KWARGS", "5", "make run EXTRA_DOCKER_KWARGS="),
+        ("TIME_LIMIT", "abc", "make run TIME_LIMIT=60"),
+        ("TIME_LIMIT", "-1", "make run TIME_LIMIT=60"),
     ],
 )
 def test_invalid_values_are_refused_at_once(
     name: str, value: str, says: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(name, value)
-    with pytest.raises(SystemExit, match=re.escape(says)) as end:
+    """And the message says what to write for make, not for `prefect run`."""
+    on_the_command_line(monkeypatch, name, value)
+    with pytest.raises(SystemExit, match=rf"^run: {name}\b") as end:
         run.main()
+    assert says in str(end.value)
     assert "\n" not in str(end.value)
+    assert "--param" not in str(end.value)
     assert not (tmp_path / "cache").exists()  # no engine was looked for
 
 
-def test_the_images_own_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMMAND", "null")
-    assert run.parameters() == {"command": None}
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("COMMAND", "null", None),
+        ("COMMAND", '["sh", "-c", "exit 3"]', ["sh", "-c", "exit 3"]),
+        ("COMMAND", "true", "true"),
+        ("COMMAND", "5", "5"),
+        ("COMMAND", "[ -e /etc/passwd ]", "[ -e /etc/passwd ]"),
+        ("COMMAND", '"a program" with quotes', '"a program" with quotes'),
+        ("COMMAND", '"echo"', '"echo"'),
+        ("IMAGE", "5", "5"),
+        ("TIME_LIMIT", "60", 60),
+        ("TIME_LIMIT", "0.5", 0.5),
+        ("ENVIRONMENT", '{"A": "b $c"}', {"A": "b $c"}),
+        ("HOST_CONFIG", "null", None),
+    ],
+)
+def test_a_value_is_json_where_the_parameter_takes_that(
+    name: str, text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_command_line(monkeypatch, name, text)
+    assert run.parameters() == {name.lower(): value}
+
+
+@pytest.fixture
+def show(tmp_path: Path) -> list[str]:
+    """Arguments of make for a target that prints the variables given, and the exported ones."""
+    program = tmp_path / "show.py"
+    program.write_text(
+        "import json, os\n"
+        "from scripts import given\n"
+        "found = given._variables(os.environ['GIVEN'])\n"
+        "print(json.dumps([found, sorted(os.environ)]))\n"
+    )
+    makefile = tmp_path / "show.mk"
+    makefile.write_text(f"show:\n\t@PYTHONPATH=. $(BIN)/python {program}\n")
+    return ["--file=Makefile", f"--file={makefile}", "show"]
+
+
+VALUES = [
+    """sh -c "for i in 1 2; do echo $i $(HOME) $$ ${PATH}; done" """.strip(),
+    """it's "quoted" `twice`""",
+    "two\nlines\n",
+    "a\\b \\ \\\\ \\n \ttab",
+    "$(shell touch made-by-make)",
+    "$(unfinished",
+    "$",
+    "# % : := = += @ ; | & < > * ? ~ ! é 名",
+    "--",
+    "",
+    '{"TOKEN":"$ecret"}',
+]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_a_value_arrives_unchanged(value: str, show: list[str]) -> None:
+    done = make(*show, f"COMMAND={value}", "IMAGE=alpine:3", "JOB_TEMPLATE=native_sidecar")
+    assert done.returncode == 0, done.stderr
+    found, exported = json.loads(done.stdout)
+    assert found["COMMAND"] == value
+    assert found["IMAGE"] == "alpine:3"
+    assert "JOB_TEMPLATE" in exported
+    assert not {"COMMAND", "IMAGE"} & set(exported), "make would expand the $ in them"
+    assert not Path(PROJECT, "made-by-make").exists()
+
+
+@pytest.mark.parametrize("options", [[], ["-e"]])
+def test_the_environment_is_not_the_command_line(options: list[str], show: list[str]) -> None:
+    """It may have variables of these names for other reasons."""
+    names = [*run.NAMES, "NAMESPACE", "GIVEN"]
+    done = make(*options, *show, **dict.fromkeys(names, "production"))
+    found, _ = json.loads(done.stdout)
+    assert list(found) == ["BIN"]
+
+
+@pytest.mark.parametrize(
+    ("written", "nearest"),
+    [
+        ("IMGE", "IMAGE"),
+        ("image", "IMAGE"),
+        ("time-limit", "TIME_LIMIT"),
+        ("TIMEOUT", "TIME_LIMIT"),
+        ("CMD", "COMMAND"),
+        ("DOCKER_KWARGS", "EXTRA_DOCKER_KWARGS"),
+        ("ENV", "ENVIRONMENT"),
+    ],
+)
+def test_the_nearest_name_is_said(
+    written: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_the_command_line(monkeypatch, written, "a")
+    with pytest.raises(given.UnknownParameter, match=f"no parameter {written}.*{nearest}\\?"):
+        run.parameters()
+
+
+@pytest.mark.parametrize(
+    ("target", "written", "nearest"),
+    [("run", "DOCKER_KWARGS={}", "EXTRA_DOCKER_KWARGS"), ("preflight", "project=a", "PROJECT")],
+)
+def test_an_unknown_parameter_is_refused(target: str, written: str, nearest: str) -> None:
+    """Otherwise another container would run, and succeed."""
+    name = written.partition("=")[0]
+    done = make(target, written)
+    assert done.returncode != 0
+    assert f"{target}: `make {target}` has no parameter {name}." in done.stderr
+    assert f"Do you mean {nearest}?" in done.stderr
+
+
+def test_a_setting_may_stand_on_the_command_line() -> None:
+    done = make("run", "JOB_TEMPLATE=nonsense", "IMAGE=alpine:3")
+    assert "run: JOB_TEMPLATE is 'nonsense'" in done.stderr
+
+
+def test_with_an_engine_nobody_imports_how_one_is_made() -> None:
+    script = """
+import sys
+from scripts import engine, run
+engine.find = lambda: "the user's engine"
+with run.running_engine() as client:
+    print(client)
+print(sorted(name for name in sys.modules if name.startswith("scripts.airgap")))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "the user's engine\n[]\n"
+
+
+def test_an_import_reads_no_file_of_the_project_and_sets_no_variable() -> None:
+    script = """
+import importlib, os, pathlib, sys
+import flows.settings, prefect  # with what Prefect sets
+opened, before = [], dict(os.environ)
+ours = str(pathlib.Path.cwd())
+def hook(event, arguments):
+    if event == "open" and str(arguments[0]).startswith(ours):
+        opened.append(str(arguments[0]))
+sys.addaudithook(hook)
+for path in sorted(pathlib.Path("scripts").rglob("*.py")):
+    if path.stem != "__main__":
+        importlib.import_module(".".join(path.with_suffix("").parts))
+print([path for path in opened if not path.endswith((".py", ".pyc")) and ".venv" not in path])
+print(os.environ == before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\nTrue\n"
 
 
 def test_a_dockerd_that_has_no_pid_file_yet_is_ended(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(engine, "HOME", tmp_path)
+    monkeypatch.setattr(dockerd, "HOME", tmp_path)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"]) as process:
-        monkeypatch.setattr(engine, "_started", [process])
-        engine.stop()
+        monkeypatch.setattr(dockerd, "_started", [process])
+        dockerd.stop()
     assert process.returncode == -signal.SIGTERM
-
-
-NAMES = ["IMAGE", "COMMAND", "ENVIRONMENT", "HOST_CONFIG", "EXTRA_DOCKER_KWARGS", "TIME_LIMIT"]
-NAMES += ["NAMESPACE", "SERVICE_ACCOUNT", "PROJECT"]
-GIVEN = [f'{name}=sh -c "for i in 1 2; do echo $i $(HOME) $$; done"' for name in NAMES]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "seen"), [(GIVEN, GIVEN), ([], []), (["-e"], [])], ids=["given", "none", "-e"]
-)
-def test_only_what_stands_on_makes_command_line_counts(
-    arguments: list[str], seen: list[str]
-) -> None:
-    """And it is handed on as it is."""
-    exported = {**os.environ, "PATH": os.defpath, **dict.fromkeys(NAMES, "production")}
-    command = ["make", *arguments, "show", "--eval=show: ; @env"]
-    shown = subprocess.run(
-        command, cwd=PROJECT, env=exported, capture_output=True, text=True, check=True
-    ).stdout
-    assert {line for line in shown.splitlines() if line.partition("=")[0] in NAMES} == set(seen)
-
-
-@pytest.mark.parametrize(
-    ("target", "given", "known"),
-    [
-        ("run", "IMGE=a", False),
-        ("run", "image=a", False),
-        ("preflight", "NAMESPCE=a", False),
-        ("run", "JOB_TEMPLATE=a", True),
-    ],
-)
-def test_a_misspelt_parameter_is_refused(target: str, given: str, known: bool) -> None:
-    """Otherwise another container would run, and succeed."""
-    command, environment = ["make", "--dry-run", target, given], {**os.environ, "PATH": os.defpath}
-    done = subprocess.run(command, cwd=PROJECT, env=environment, capture_output=True, text=True)
-    assert (done.returncode == 0) is known
-    assert (f"no parameter {given[:-2]}." in done.stderr) is not known
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
@@ -108,15 +240,16 @@ def test_what_was_started_ends_with_a_run_that_is_ended(signum: signal.Signals) 
     script = """
 import signal, time
 from scripts import engine
+from scripts.airgap import dockerd
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
 def stop():
     print("ending", flush=True)
     print(input(), "down")
-    engine._started.clear()
-engine.find = engine.own = lambda: None
-engine.start = lambda: print("up", flush=True)
-engine.stop, engine._started = stop, [1]
-with engine.running():
+    dockerd._started.clear()
+engine.find = dockerd.own = lambda: None
+dockerd.start = lambda: print("up", flush=True)
+dockerd.stop, dockerd._started = stop, [1]
+with dockerd.running():
     time.sleep(60)
     print("no signal came", flush=True)
 """
@@ -134,45 +267,100 @@ with engine.running():
         assert process.communicate("is\n")[0] == "is down\n"
 
 
+NOBODY = "ssh://nobody@127.0.0.1:9"
+FORWARD = f"Forward the engine's socket: ssh -fNL /tmp/docker.sock:/var/run/docker.sock {NOBODY}"
+
+
 @pytest.mark.parametrize(
-    ("context", "variables", "says"),
+    ("context", "variables", "seen", "advice"),
     [
+        ("", {"DOCKER_HOST": "tcp://127.0.0.1:9"}, "Connection refused", "or unset DOCKER_HOST"),
         (
-            "unix:///none.sock",
-            {"DOCKER_HOST": "tcp://127.0.0.1:9"},
-            "DOCKER_HOST=tcp://127.0.0.1:9: .*refused",
-        ),
-        (
-            "unix:///none.sock",
+            "",
             {"DOCKER_HOST": "tcp://127.0.0.1:9", "DOCKER_CERT_PATH": "/none"},
             "TLS",
+            "DOCKER_CERT_PATH to a folder with ca.pem, cert.pem and key.pem",
         ),
-        ("unix:///none.sock", {"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST"),
-        ("unix:///none.sock", {"DOCKER_CONTEXT": "gone"}, "there is no such context"),
-        ("unix:///none.sock", {}, "unix:///none.sock.*No such"),
-        ("ssh://nobody@127.0.0.1:9", {}, "ssh://nobody@127.0.0.1:9.*paramiko"),
+        ("", {"DOCKER_HOST": "tcp://[::1"}, "DOCKER_HOST=tcp", "unset DOCKER_HOST"),
+        ("", {"DOCKER_HOST": NOBODY}, "paramiko", FORWARD),
+        (NOBODY, {}, "paramiko", FORWARD),
+        (
+            "",
+            {"DOCKER_HOST": "unix:///run/user/1000/podman/podman.sock"},
+            "No such file",
+            "systemctl --user start podman.socket",
+        ),
+        (
+            "",
+            {"DOCKER_HOST": "unix:///run/podman/podman.sock"},
+            "No such file",
+            "sudo systemctl start podman.socket",
+        ),
+        (
+            "",
+            {"DOCKER_HOST": "unix:///run/user/1000/docker.sock"},
+            "No such file",
+            "systemctl --user start docker",
+        ),
+        (
+            "unix:///home/me/.docker/desktop/docker.sock",
+            {},
+            "unix:///home/me/.docker/desktop/docker.sock: No such file",
+            "Start Docker Desktop, or choose another engine: docker context use default",
+        ),
+        (
+            "unix:///Users/me/.docker/run/docker.sock",
+            {},
+            "No such file",
+            "Start Docker Desktop",
+        ),
+        ("unix:///none.sock", {}, "unix:///none.sock: No such", "docker context ls"),
+        (
+            "unix:///none.sock",
+            {"DOCKER_CONTEXT": "gone"},
+            "there is no such context",
+            "`docker context ls` lists them",
+        ),
     ],
 )
-def test_an_engine_that_is_chosen_and_not_there(
+def test_an_engine_that_is_chosen_and_does_not_answer(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     context: str,
     variables: dict[str, str],
-    says: str,
+    seen: str,
+    advice: str,
 ) -> None:
-    """The cause is said. As with `docker run`, no other engine takes its place, also as root."""
-    docker_context(monkeypatch, tmp_path, context)
+    """No other engine takes its place, also as root, as with `docker run`."""
+    docker_context(monkeypatch, tmp_path, context or "unix:///none.sock")
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(engine, "start", lambda: pytest.fail("an engine is started"))
-    with pytest.raises(SetupError, match=f"no Docker engine answers at .*{says}"), engine.running():
-        pass
+    monkeypatch.setattr(dockerd, "start", lambda: pytest.fail("an engine is started"))
+    with pytest.raises(SetupError, match=r"^no Docker engine answers at ") as raised:
+        run.running_engine()
+    assert seen in str(raised.value)
+    assert advice in str(raised.value)
+    assert "('Connection aborted.'" not in str(raised.value)
+
+
+@pytest.mark.parametrize("podman", [False, True])
+def test_without_any_engine(podman: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A user who is not root, and has chosen none; perhaps one who has Podman."""
+    if podman:
+        (tmp_path / "podman").touch(0o755)
+    monkeypatch.delenv("DOCKER_HOST")
+    usual = f"unix://{tmp_path}/docker.sock"
+    monkeypatch.setitem(ContextAPI.DEFAULT_CONTEXT.endpoints["docker"], "Host", usual)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(SetupError, match=r"no Docker engine answers\. Start one") as raised:
+        run.running_engine().__enter__()
+    assert ("podman.socket" in str(raised.value)) == podman
 
 
 def test_the_usual_socket_without_permission(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """For a user who is not in the group docker. An error, and not None, which would start another engine."""
+    """For a user outside of the group docker: an error, so that no other engine is started."""
     path, user = tmp_path / "docker.sock", os.geteuid()
     monkeypatch.delenv("DOCKER_HOST")
     monkeypatch.setitem(ContextAPI.DEFAULT_CONTEXT.endpoints["docker"], "Host", f"unix://{path}")
@@ -181,12 +369,11 @@ def test_the_usual_socket_without_permission(
         path.chmod(0)
         os.seteuid(user or 65534)  # root would need no permission
         try:
-            with pytest.raises(
-                SetupError, match=r"no Docker engine answers at .*Permission denied"
-            ):
+            with pytest.raises(SetupError, match="Permission denied") as raised:
                 engine.find()
         finally:
             os.seteuid(user)
+    assert "sudo usermod -aG docker $USER" in str(raised.value)
 
 
 def test_without_an_engine_the_unit_tests_run(
@@ -207,10 +394,64 @@ def test_a_cluster_of_another_folder_is_left_alone(
 ) -> None:
     monkeypatch.setattr(cluster, "KUBECONFIG", tmp_path / "config")
     client = MagicMock()
-    for change in (cluster.up, cluster.down):
+    for change in (cluster.start, cluster.delete):
         with pytest.raises(SetupError, match="was not made from this folder"):
             change(client)
     assert not client.containers.list.called
+
+
+def test_clean_removes_what_it_can_and_says_what_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The user's engine does not answer: it may hold a cluster, volumes and containers."""
+    monkeypatch.setenv("DOCKER_HOST", "unix:///run/user/1000/podman/podman.sock")
+    cache = cache_of(tmp_path) / "programs" / "docker-1"
+    cache.mkdir(parents=True)
+    (cache_of(tmp_path) / "file").touch()
+    with pytest.raises(SystemExit, match=r"podman\.sock: No such file") as end:
+        cluster.main("clean")
+    assert "volumes there were not removed" in str(end.value)
+    assert "run `make clean` again" in str(end.value)
+    assert [path.name for path in cache_of(tmp_path).iterdir()] == ["lock"]
+
+
+def test_clean_without_any_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is left, so it succeeds."""
+    monkeypatch.setattr(engine, "find", lambda: None)
+    (cache_of(tmp_path) / "programs").mkdir(parents=True)
+    cluster.main("clean")
+    assert [path.name for path in cache_of(tmp_path).iterdir()] == ["lock"]
+
+
+def test_clean_of_another_engine_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A cluster of another folder stays, and its engine's volumes; all else goes."""
+    monkeypatch.setattr(cluster, "KUBECONFIG", tmp_path / "config")
+    monkeypatch.setattr(engine, "find", MagicMock)
+    (cache_of(tmp_path) / "programs").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="was not made from this folder"):
+        cluster.main("clean")
+    assert [path.name for path in cache_of(tmp_path).iterdir()] == ["lock"]
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_make_clean_removes_the_virtual_environment(status: int, tmp_path: Path) -> None:
+    """Whether all else could be removed or not, which its exit status says."""
+    folder = tmp_path / "clone"
+    for name in ("Makefile", "requirements.txt", "requirements-build.txt", "scripts/setup.sh"):
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        if Path(PROJECT, name).exists():
+            shutil.copy(PROJECT / name, folder / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "ready").touch()
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text(f"#!/bin/sh\nexit {status}\n")
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["make", "clean"], cwd=folder, env={**os.environ, "PATH": PATH}, capture_output=True
+    )
+    assert (done.returncode == 0) is (status == 0)
+    assert not (folder / ".venv").exists()
+    assert (folder / "Makefile").exists()
 
 
 def test_one_lock_for_all_that_start_or_stop_an_engine(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,11 +459,11 @@ def test_one_lock_for_all_that_start_or_stop_an_engine(capsys: pytest.CaptureFix
     order = []
 
     def other() -> None:
-        with engine.lock():
+        with dockerd.lock():
             order.append("other")
 
     thread = threading.Thread(target=other)
-    with engine.lock():
+    with dockerd.lock():
         thread.start()
         said = wait_for(lambda: capsys.readouterr().out, "the other one waits")
         order.append("this")
@@ -239,7 +480,8 @@ def test_setup_names_the_pythons_that_it_cannot_use(version: str, tmp_path: Path
     python = tmp_path / "python3"  # this one, which believes to be another
     belief = f"import sys; sys.version_info = ({version.replace('.', ', ')}); exec(sys.argv[1])"
     python.write_text(
-        f'#!/bin/sh\n[ $1 = -c ] || exec echo "Python {version}"\n{sys.executable} -c "{belief}" "$2"\n'
+        f'#!/bin/sh\n[ $1 = -c ] || exec echo "Python {version}"\n'
+        f'{sys.executable} -c "{belief}" "$2"\n'
     )
     python.chmod(0o755)
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.defpath}", "PYTHON": "python3 python0"}
