@@ -6,20 +6,24 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import docker
 import pytest
+from docker.models.containers import Container
+from docker.models.networks import Network
 
 from flows.settings import PROJECT
 from scripts import registry
 from scripts.base import DAEMON, PREFECT
 from scripts.registry import push, registry_address
 from tests.support import pages
-from tests.support.containers import import_busybox, running_container
+from tests.support.containers import PREFECT_IMAGE, import_busybox, running_container
 from tests.support.daemons import Daemon, private_network, run_daemon
 from tests.support.local_runs import RunFlow
 from tests.support.pages import console, example, parameters
+from tests.support.shell import replaced
 
 PROXY = """
 import http.client, http.server, sys
@@ -43,27 +47,32 @@ def test_make_run_looks_like_this(engine: docker.DockerClient) -> None:
     """Each session of the pages, in order; `…` stands for what differs."""
     name = import_busybox(engine, "docker-sidecar-tests:pages")
     image = f"{registry.REGISTRY}/{registry.push(engine, name, 'tests/pages:1')}"
-    sessions = [
-        (command.replace("alpine:3", image), "\n".join(output).replace("alpine:3", image))
+    sessions = {
+        command: output
         for command, output in console().items()
         if output and command.startswith("make run")
-    ]
+    }
     assert len(sessions) >= 2
-    for command, output in sessions:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=PROJECT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert (done.returncode == 0) == ("SUCCESS" in output), done.stdout
-        printed = iter(done.stdout.splitlines())
-        for line in output.splitlines():
-            pattern = re.escape(line).replace("…", ".*")
-            assert any(re.fullmatch(pattern, each) for each in printed), (
-                f"not there, or not in this order: {line}\n{done.stdout}"
-            )
+    for command, output in sessions.items():
+        shown = "\n".join(output).replace("alpine:3", image)
+        assert_session(command.replace("alpine:3", image), shown)
+
+
+def assert_session(command: str, shown: str) -> None:
+    """A command prints these lines, in this order, and ends as they say."""
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=PROJECT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert (done.returncode == 0) == ("SUCCESS" in shown), done.stdout
+    rest = iter(done.stdout.splitlines())
+    for line in shown.splitlines():
+        pattern = re.escape(line).replace("…", ".*")
+        is_there = any(re.fullmatch(pattern, printed) for printed in rest)
+        assert is_there, f"not there, or not in this order: {line}\n{done.stdout}"
 
 
 def test_parameters(flow_run: RunFlow, sidecar: Daemon, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +137,7 @@ line=${0##*/}
 for word; do line="$line <$word>"; done
 printf '%s\\n' "$line" >>"$SEEN"
 """
-# what the pages call that is no builtin of bash and zsh
+# What the pages call that is no builtin of bash and zsh.
 PROGRAMS = re.compile(r"(?:^|[|&;(]|\bdo\b|\$\()\s*(?:\w+=\S+\s+)*([\w./-]+)", re.M)
 
 
@@ -136,55 +145,59 @@ def test_bash_and_zsh_read_the_commands_alike(zsh: str, tmp_path: Path) -> None:
     """Each is pasted into an interactive shell, where all programs only note their arguments."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    seen = {}
     for number, (_, script) in enumerate(pages.scripts()):
         for program in PROGRAMS.findall(script):
-            path = programs / Path(program).name
-            path.write_text(STUB)
-            path.chmod(0o755)
-        for shell, options in (("bash", ["--norc", "-i"]), (zsh, ["-f", "-i"])):
-            folder = tmp_path / f"{number}-{shell}"
-            folder.mkdir()
-            notes = folder / "seen"
-            subprocess.run(
-                [shutil.which(shell) or shell, *options],
-                input=script + "\n",
-                cwd=folder,
-                env={
-                    "PATH": str(programs),
-                    "SEEN": str(notes),
-                    "HOME": str(folder),
-                    "TERM": "dumb",
-                },
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            seen[shell] = sorted(notes.read_text().splitlines()) if notes.exists() else []
-        assert seen["bash"] == seen[zsh], script
+            install_program(programs / Path(program).name, STUB)
+        bash_notes = pasted(script, ["bash", "--norc", "-i"], tmp_path / f"{number}-bash", programs)
+        zsh_notes = pasted(script, [zsh, "-f", "-i"], tmp_path / f"{number}-zsh", programs)
+        assert bash_notes == zsh_notes, script
+
+
+def install_program(path: Path, script: str) -> None:
+    path.write_text(script)
+    path.chmod(0o755)
+
+
+def pasted(script: str, shell: list[str], folder: Path, programs: Path) -> list[str]:
+    """What the programs note when a script is pasted into a shell in a new folder."""
+    folder.mkdir()
+    notes = folder / "seen"
+    notes.touch()
+    name, *options = shell
+    subprocess.run(
+        [str(shutil.which(name)), *options],
+        input=f"{script}\n",
+        cwd=folder,
+        env={"PATH": str(programs), "SEEN": str(notes), "HOME": str(folder), "TERM": "dumb"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    return sorted(notes.read_text().splitlines())
 
 
 def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:
-    (tmp_path / "docker").write_text('#!/bin/sh\necho "$@"\n')
-    (tmp_path / "docker").chmod(0o755)
-    script = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    install_program(tmp_path / "docker", '#!/bin/sh\necho "$@"\n')
     done = subprocess.run(
-        ["sh", "-euc", example("copy-images")], env=script, stdout=subprocess.PIPE, text=True
+        ["sh", "-euc", example("copy-images")],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert set(re.findall("pull (.*)", done.stdout)) == {DAEMON, *PREFECT}
-    assert set(re.findall("push registry.example.com/team/(.*)", done.stdout)) == {DAEMON, *PREFECT}
+    pulled = re.findall("pull (.*)", done.stdout)
+    pushed = re.findall("push registry.example.com/team/(.*)", done.stdout)
+    assert set(pulled) == {DAEMON, *PREFECT}
+    assert set(pushed) == {DAEMON, *PREFECT}
 
 
 def test_a_package_index_of_the_base_image(engine: docker.DockerClient) -> None:
-    text = example("base-image").replace(
-        "registry.example.com/team/prefecthq/prefect:1.4.1-python3.10", PREFECT[0]
-    )
+    named = "registry.example.com/team/prefecthq/prefect:1.4.1-python3.10"
+    text = example("base-image").replace(named, PREFECT_IMAGE)
     image, _ = engine.images.build(fileobj=io.BytesIO(text.encode()), rm=True)
     try:
-        asked = "pip install --retries=0 nothing-of-this-name 2>&1 || true"
-        assert b"pypi.example.com" in engine.containers.run(
-            image.id, ["sh", "-c", asked], remove=True
-        )
+        install = "pip install --retries=0 nothing-of-this-name 2>&1 || true"
+        printed = engine.containers.run(image.id, ["sh", "-c", install], remove=True)
+        assert b"pypi.example.com" in printed
     finally:
         engine.images.remove(image.id, force=True)
 
@@ -195,22 +208,26 @@ def test_a_proxy_that_is_really_used(
 ) -> None:
     """With the daemon.json of the page; only the proxy knows where the mirror is."""
     path = push(engine, import_busybox(engine), "tests/busybox:1")
-    with private_network(engine) as network:
-        mirror = registry_address(engine, network.name)
-        with running_container(
-            engine, PREFECT[0], ["python", "-uc", PROXY, mirror], network=network.name
-        ) as proxy:
-            address = proxy.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
-            text = example("daemon-json").replace("proxy.example.com", address)
-            (tmp_path / "daemon.json").write_text(
-                text.replace("https://mirror.example.com", "http://mirror.invalid")
-            )
-            with run_daemon(
-                engine, network, volumes={str(tmp_path): {"bind": "/etc/docker"}}
-            ) as daemon:
-                show = ["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"]
-                run = flow_run(on=daemon.url, image=path, command=show)
-            assert run.state.is_successful(), run.state
-            assert run.output("INFO").startswith("1400")
-            assert "192.168.200." in run.output("INFO")
-            assert "mirror.invalid" in proxy.logs().decode()
+    with private_network(engine) as network, proxy(engine, network) as server:
+        address = server.attrs["NetworkSettings"]["Networks"][network.name]["IPAddress"]
+        names = {
+            "proxy.example.com": address,
+            "https://mirror.example.com": "http://mirror.invalid",
+        }
+        (tmp_path / "daemon.json").write_text(replaced(example("daemon-json"), names))
+        volumes = {str(tmp_path): {"bind": "/etc/docker"}}
+        with run_daemon(engine, network, volumes=volumes) as daemon:
+            show = ["sh", "-c", "cat /sys/class/net/eth0/mtu; ip addr show eth0"]
+            run = flow_run(on=daemon.url, image=path, command=show)
+        requests = server.logs().decode()
+    assert run.state.is_successful(), run.state
+    assert run.output("INFO").startswith("1400")
+    assert "192.168.200." in run.output("INFO")
+    assert "mirror.invalid" in requests
+
+
+def proxy(engine: docker.DockerClient, network: Network) -> AbstractContextManager[Container]:
+    """A proxy in a network, which asks the local registry whatever it is asked for."""
+    mirror = registry_address(engine, network.name)
+    command = ["python", "-uc", PROXY, mirror]
+    return running_container(engine, PREFECT_IMAGE, command, network=network.name)

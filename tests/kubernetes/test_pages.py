@@ -1,6 +1,5 @@
 """What the pages show for a cluster: own templates, volumes, secrets, policies, other flows."""
 
-import base64
 import json
 import os
 import shlex
@@ -30,6 +29,7 @@ from tests.support.pages import example, parameters
 from tests.support.prefect_api import FlowRun, PrefectAPI
 from tests.support.provided_cluster import SMALL_IMAGE
 from tests.support.readme import readme
+from tests.support.registries import login
 from tests.support.shell import replaced, shell
 from tests.support.submitted_runs import (
     AGENT_LABELS,
@@ -70,12 +70,10 @@ def test_own_template(submit: Submit, tmp_path: Path) -> None:
 
 def test_docker_and_buildkit_in_a_container(submit: Submit, small_image: str) -> None:
     """The image of the daemon has a docker CLI, too."""
-    text = (
-        example("docker-in-a-container")
-        .replace("docker:29-cli", DAEMON)
-        .replace("alpine:3", small_image)
-    )
-    submit("native_sidecar", **parameters(text)).succeeds("built")
+    names = {"docker:29-cli": DAEMON, "alpine:3": small_image}
+    text = replaced(example("docker-in-a-container"), names)
+    run = submit("native_sidecar", **parameters(text))
+    run.succeeds("built")
 
 
 def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
@@ -97,14 +95,11 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
     }
     kubectl("create --filename -", yaml.safe_dump_all([volume, claim]))
     try:
-        command = [
-            "sh",
-            "-c",
-            "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600",
-        ]
+        script = "echo kept >/datasets/file; chown 1000 /datasets; echo up; sleep 600"
         binds = {"binds": ["/datasets:/datasets"]}
         template = patched(example("volume-patch"), tmp_path)
-        pod = submit(template, command=command, host_config=binds).container_writes("up")
+        run = submit(template, command=["sh", "-c", script], host_config=binds)
+        pod = run.container_writes("up")
         assert on_node("cat", f"/var/lib/{name}/file") == "kept"
         pod.execute("flow-container", "touch", "/datasets/of-the-flow")
         assert "of-the-flow" in pod.execute("dind-daemon", "ls", "/datasets")
@@ -115,20 +110,18 @@ def test_volume_claim(submit: Submit, tmp_path: Path) -> None:
 def test_a_secret_reaches_the_container_and_nothing_else(submit: Submit, tmp_path: Path) -> None:
     value = f"hunter2-{uuid.uuid4().hex}"
     readme("kubectl --namespace flows create secret generic", {"value='the key'": f"value={value}"})
-    run = submit(
-        patched(example("secret-patch"), tmp_path), **parameters(example("secret-parameters"))
-    )
+    template = patched(example("secret-patch"), tmp_path)
+    run = submit(template, **parameters(example("secret-parameters")))
     run.succeeds(f"the key has {len(value)} characters")
     run.job_ends()
-    states = [
-        state.serialized_state
-        for each in (run.record, *run.record.task_runs)
-        for state in each.states
-    ]
-    assert value not in f"{run.logs()} {run.record.parameters} {run.record.run_config} {states}"
+    record = run.record
+    stored = f"{run.logs()} {record.parameters} {record.run_config}"
+    for each in (record, *record.task_runs):
+        stored += str([state.serialized_state for state in each.states])
+    assert value not in stored
 
 
-# tries two addresses until both give an answer, or neither does
+# Tries addresses until all give an answer, or none does.
 PROBE = """
 import socket, sys, time
 def reach(address):
@@ -148,10 +141,9 @@ def test_network_policy(submit: Submit, agent: RunningPod) -> None:
         kubectl(f"wait pod {name} --for=condition=Ready --timeout=60s")
         where = "{.items[0].status.podIP} {.items[1].spec.clusterIP}"
         addresses = kubectl(f"get pod,service {name} --output jsonpath='{where}'").split()
-        # the policy is for runs: the Agent's pod reaches the server
-        assert "all open" in agent.execute(
-            "agent", "timeout", "60", "python", "-c", PROBE, "open", *addresses
-        )
+        # The policy is for runs: the Agent's pod reaches the server.
+        probe = ["timeout", "60", "python", "-c", PROBE, "open", *addresses]
+        assert "all open" in agent.execute("agent", *probe)
         kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
         run = submit("native_sidecar", image=PREFECT_IMAGE, command=command, time_limit=120)
@@ -161,7 +153,7 @@ def test_network_policy(submit: Submit, agent: RunningPod) -> None:
         kubectl(f"delete --now --ignore-not-found {ours}")
 
 
-# a process that pulls an image, waits, and pulls another one
+# A process that pulls an image, waits, and pulls another one.
 PULLS = """
 import os, sys, time
 from flows.tasks import PullImage
@@ -175,12 +167,21 @@ print("so is the second", flush=True)
 """
 
 
+def update_volumes(pod: RunningPod) -> None:
+    """Let kubelet look at the pod's ConfigMaps and Secrets now, and not within two minutes.
+
+    It does so when the pod changes.
+    """
+    kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
+
+
 @pytest.mark.timeout(500)
 def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     submit: Submit, namespace: Namespace, private_image: str, small_image: str, tmp_path: Path
 ) -> None:
     """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
-    address, ca = private_image.partition("/")[0], (tmp_path / "company-ca.crt").read_text()
+    address = private_image.partition("/")[0]
+    ca = (tmp_path / "company-ca.crt").read_text()
     template = edited(
         "native_sidecar",
         '"configMap": {"name": "docker-sidecar"',
@@ -208,17 +209,17 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     pod.execute("flow-container", "sh", "-c", script, PULLS, small_image, private_image)
     says("the first pull is over")
 
-    [script] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]["args"]
+    [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    [script] = container["args"]
     account = f"--as=system:serviceaccount:{NAMESPACE}:renew-login"
     shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
 
-    def current() -> bool:
-        # kubelet looks at the Secrets of a pod that changes at once, at others within minutes
-        kubectl(f"annotate --overwrite pod {pod.name} looked-at={uuid.uuid4()}")
-        found = pod.execute("flow-container", "cat", "/docker-config/config.json")
-        return "expired" not in found and base64.b64encode(b"user:password").decode() in found
+    def has_the_new_login() -> bool:
+        update_volumes(pod)
+        config = pod.execute("flow-container", "cat", "/docker-config/config.json")
+        return login()["auth"] in config
 
-    wait_for(current, "the pod has the new login", namespace.report, 150)
+    wait_for(has_the_new_login, "the pod has the new login", namespace.report, 150)
     pod.execute("flow-container", "touch", "/workspace/go")
     says("so is the second")
 
@@ -233,6 +234,15 @@ def test_the_stores_of_a_node_are_found(store: str) -> None:
     assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
 
 
+def own_template_that_says(text: str) -> dict[str, str]:
+    """What the commands of the page read, in place of a file, as a template that says a text."""
+    job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
+    flow = job["spec"]["template"]["spec"]["containers"][0]
+    flow["env"].append({"name": "TEMPLATE", "value": text})
+    literal = f"--from-literal=own.yaml={yaml.safe_dump(job)}"
+    return {"--from-file=job_templates/own.yaml": shlex.quote(literal)}
+
+
 @pytest.mark.timeout(600)
 def test_a_template_of_the_agents_is_changed_without_registering(
     api: PrefectAPI, agent: RunningPod, namespace: Namespace, small_image: str
@@ -240,44 +250,33 @@ def test_a_template_of_the_agents_is_changed_without_registering(
     """By the commands of the page."""
 
     def run_says(text: str) -> None:
-        config = KubernetesRun(
-            job_template_path="agent:///job-template/own.yaml", labels=AGENT_LABELS
-        ).serialize()
+        path = "agent:///job-template/own.yaml"
+        config = KubernetesRun(job_template_path=path, labels=AGENT_LABELS).serialize()
         parameters = {
             "image": small_image,
             "environment": ["TEMPLATE"],
             "command": ["sh", "-c", "echo $TEMPLATE"],
         }
-        start(api, namespace, parameters=parameters, run_config=config).succeeds(text)
+        run = start(api, namespace, parameters=parameters, run_config=config)
+        run.succeeds(text)
 
-    def template(text: str) -> dict[str, str]:
-        """How the commands of the page read a template that says a text."""
-        job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
-        job["spec"]["template"]["spec"]["containers"][0]["env"].append(
-            {"name": "TEMPLATE", "value": text}
-        )
-        literal = shlex.quote(f"--from-literal=own.yaml={yaml.safe_dump(job)}")
-        return {"--from-file=job_templates/own.yaml": literal}
-
-    first, second = template("the first template"), template("the second template")
     create = "kubectl --namespace flows create configmap job-template --from-file"
-    readme(f"{create}=job_templates/own.yaml", first)
+    readme(f"{create}=job_templates/own.yaml", own_template_that_says("the first template"))
     patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
     readme("kubectl patch deployment prefect-agent", patch)
 
-    # the old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template
+    # The old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template.
     kubectl(f"wait --for=delete pod {agent.name} --timeout=120s")
     kubectl("rollout status deployment prefect-agent --timeout=120s")
     new = namespace.pod("app=prefect-agent")
     run_says("the first template")
-    readme(f"{create}=job_templates/own.yaml --dry", second)
+    readme(f"{create}=job_templates/own.yaml --dry", own_template_that_says("the second template"))
 
-    def changed() -> bool:
-        # kubelet looks at the volumes of a pod that changes at once, at others within minutes
-        kubectl(f"annotate --overwrite pod {new.name} looked-at={uuid.uuid4()}")
+    def has_the_second() -> bool:
+        update_volumes(new)
         return "second" in new.execute("agent", "cat", "/job-template/own.yaml")
 
-    wait_for(changed, "the Agent has the new template", namespace.report, 150)
+    wait_for(has_the_second, "the Agent has the new template", namespace.report, 150)
     run_says("the second template")
 
 
@@ -319,6 +318,10 @@ def executing(api: PrefectAPI, run: SubmittedRun, **environment: str) -> Iterato
         process.wait()
 
 
+# Of runs whose process the test starts itself.
+NO_AGENT = ["executed-by-the-test"]
+
+
 def is_child(run: FlowRun, parent: SubmittedRun) -> bool:
     """Whether a run has started another one: Prefect names it so."""
     return run.name.startswith(f"{parent.record.name}-")
@@ -336,22 +339,20 @@ def test_a_parent_on_a_schedule_ends_as_its_container_ends(
     parent_id = register(api, tmp_path, example("scheduled").replace("alpine:3", small_image))
     schedule = ScheduleSchema().load(api.flows[parent_id].schedule)
     events = schedule.next(10, return_events=True)
-    assert {event.parameter_defaults["command"] for event in events} == {
-        "echo every night",
-        "echo every Monday",
-    }
+    commands = {event.parameter_defaults["command"] for event in events}
+    assert commands == {"echo every night", "echo every Monday"}
 
+    scheduled = events[0].parameter_defaults
     fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
-    no_agent = ["executed-by-the-test"]
-    good = start(
-        api, namespace, parent_id, parameters=events[0].parameter_defaults, labels=no_agent
-    )
-    bad = start(api, namespace, parent_id, parameters=fails, labels=no_agent)
+    good = start(api, namespace, parent_id, parameters=scheduled, labels=NO_AGENT)
+    bad = start(api, namespace, parent_id, parameters=fails, labels=NO_AGENT)
     with executing(api, good), executing(api, bad):
-        good.succeeds(events[0].parameter_defaults["command"].removeprefix("echo "))
+        good.succeeds(scheduled["command"].removeprefix("echo "))
         bad.fails()
-    assert any("xited with code 3" in str(run.message) for run in bad.record.task_runs)
-    assert (children(api, good), children(api, bad)) == (["Success"], ["Failed"])
+    messages = [str(run.message) for run in bad.record.task_runs]
+    assert "xited with code 3" in " ".join(messages)
+    assert children(api, good) == ["Success"]
+    assert children(api, bad) == ["Failed"]
 
 
 class Slack(BackgroundServer):
@@ -388,23 +389,30 @@ def test_a_parent_with_retries_notification_and_results(
 ) -> None:
     """Two containers, one of which always fails: it is tried in two runs, and is told of once."""
     fails = '{"image": "alpine:3", "command": ["sh", "-c", "exit 3"]}'
-    edits = {"range(30)\n]": f"[22]\n] + [{fails}]", "alpine:3": small_image}
-    edits |= {"max_retries=3": "max_retries=1", "minutes=1": "seconds=1"}
-    assert all(old in example("parent") for old in edits)
-    parent_id = register(api, tmp_path, replaced(example("parent"), edits))
-    run = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    edits = {
+        "range(30)\n]": f"[22]\n] + [{fails}]",
+        "alpine:3": small_image,
+        "max_retries=3": "max_retries=1",
+        "minutes=1": "seconds=1",
+    }
+    parent_id = register(api, tmp_path, edited_example("parent", edits))
+    run = start(api, namespace, parent_id, labels=NO_AGENT)
     url = f"http://127.0.0.1:{slack.server_port}"
     with executing(api, run, PREFECT__CONTEXT__SECRETS__SLACK_WEBHOOK_URL=url):
         run.fails(timeout=240)  # the total misses one of its two
     assert children(api, run) == ["Failed", "Failed", "Success"], run.record
-    results = {
-        each.map_index: each.state
-        for each in run.record.task_runs
-        if "run_container" in each.task.slug
-    }
+    of_containers = [each for each in run.record.task_runs if "run_container" in each.task.slug]
+    results = {each.map_index: each.state for each in of_containers}
     assert results == {-1: "Mapped", 0: "Success", 1: "Failed"}, run.record
     [message] = slack.messages
     assert "xited with code 3" in message
+
+
+def edited_example(name: str, edits: dict[str, str]) -> str:
+    """An example with each of these texts replaced, all of which it has."""
+    for old in edits:
+        assert old in example(name)
+    return replaced(example(name), edits)
 
 
 def parent_of(parameters: dict[str, Any]) -> str:
@@ -413,8 +421,7 @@ def parent_of(parameters: dict[str, Any]) -> str:
         "range(30)\n]": f"range(0)\n] + [{parameters!r}]",
         "max_retries=3, retry_delay=timedelta(minutes=1), ": "",
     }
-    assert all(old in example("parent") for old in edits)
-    return replaced(example("parent"), edits)
+    return edited_example("parent", edits)
 
 
 def test_a_restarted_parent_gives_its_container_the_same_parameters(
@@ -422,7 +429,7 @@ def test_a_restarted_parent_gives_its_container_the_same_parameters(
 ) -> None:
     fails = {"image": small_image, "command": ["sh", "-c", "exit 3"]}
     parent_id = register(api, tmp_path, parent_of(fails))
-    parent = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    parent = start(api, namespace, parent_id, labels=NO_AGENT)
     with executing(api, parent):
         parent.fails()
     api.restart(parent.record.id)
@@ -437,7 +444,7 @@ def test_a_cancelled_parent_cancels_its_containers(
     api: PrefectAPI, deployment: None, small_image: str, namespace: Namespace, tmp_path: Path
 ) -> None:
     parent_id = register(api, tmp_path, parent_of({"image": small_image, "command": FOREVER}))
-    parent = start(api, namespace, parent_id, labels=["executed-by-the-test"])
+    parent = start(api, namespace, parent_id, labels=NO_AGENT)
     with executing(api, parent, PREFECT__CLOUD__CHECK_CANCELLATION_INTERVAL="1"):
         parent.wait(lambda: children(api, parent) == ["Running"], "the container runs", 60)
         [child] = [run for run in api.flow_runs.values() if is_child(run, parent)]
@@ -458,9 +465,8 @@ def test_an_image_in_a_plain_job(namespace: Namespace, tmp_path: Path) -> None:
         assert "yes" in kubectl(f"auth can-i {right} {user}")
     image = f"{REGISTRY}/{SMALL_IMAGE}"  # as the node calls it
     source = example("plain-job").replace("alpine:3", image)
-    (tmp_path / "plain_job.py").write_text(
-        source.replace('NAMESPACE = "jobs"', f'NAMESPACE = "{NAMESPACE}"')
-    )
+    source = source.replace('NAMESPACE = "jobs"', f'NAMESPACE = "{NAMESPACE}"')
+    (tmp_path / "plain_job.py").write_text(source)
     run = "prefect run --path plain_job.py"
     assert "no Docker" in shell(run, tmp_path, environment=kubeconfig)
     fails = """--param command='["sh","-c","echo no such order; exit 3"]' && exit 1 || true"""
@@ -469,13 +475,12 @@ def test_an_image_in_a_plain_job(namespace: Namespace, tmp_path: Path) -> None:
     assert "failed" in printed
 
 
+PROCESSES = {'"threads"': '"processes"', "In parallel": "In processes"}
 SOURCES = {
     "two_containers": example("two-containers"),
     "build_and_run": example("build-and-run"),
     "parallel": example("parallel"),
-    "parallel_processes": replaced(
-        example("parallel"), {'"threads"': '"processes"', "In parallel": "In processes"}
-    ),
+    "parallel_processes": replaced(example("parallel"), PROCESSES),
 }
 IMPORTS = """
 from prefect.run_configs import KubernetesRun
@@ -483,42 +488,36 @@ from prefect.storage import Docker
 from flows.settings import PROJECT, Settings, load_job_template
 settings = Settings.from_environ()
 """
-RUN_CONFIG_AND_STORAGE = SOURCES["two_containers"][
-    SOURCES["two_containers"].index("flow.run_config") :
-]
+
+
+def complete(module: str, source: str) -> str:
+    """An own flow with a run config and storage, and with a tag that the node has not pulled."""
+    if "flow.run_config" not in source:
+        _, start, end = SOURCES["two_containers"].partition("flow.run_config")
+        names = {"two_containers": module, "two-containers": module.replace("_", "-")}
+        source += IMPORTS + replaced(start + end, names)
+    return source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"')
 
 
 @pytest.mark.timeout(500)
 def test_own_flows_in_a_repository_of_their_own(
     api: PrefectAPI, deployment: None, namespace: Namespace, small_image: str, tmp_path: Path
 ) -> None:
-    shell(
-        example("own-repository").replace("../docker-sidecar-on-kubernetes", str(PROJECT)), tmp_path
-    )
+    here = {"../docker-sidecar-on-kubernetes": str(PROJECT)}
+    shell(replaced(example("own-repository"), here), tmp_path)
     for module, source in SOURCES.items():
-        if "flow.run_config" not in source:
-            end = RUN_CONFIG_AND_STORAGE.replace("two_containers", module)
-            source += IMPORTS + end.replace("two-containers", module.replace("_", "-"))
-        # a tag that the node has not pulled
-        (tmp_path / "flows" / f"{module}.py").write_text(
-            source.replace('image_tag="1"', f'image_tag="{uuid.uuid4()}"')
-        )
+        (tmp_path / "flows" / f"{module}.py").write_text(complete(module, source))
     modules = " ".join(f"-m flows.{module}" for module in SOURCES)
     register = example("register-own").replace("-m flows.two_containers", modules)
     shell(register, tmp_path, environment={**api.env, "FLOW_REGISTRY_URL": REGISTRY})
-    ids = [*api.flows][-len(SOURCES) :]
-    runs = {
-        name: start(api, namespace, id, parameters={"image": small_image})
-        for name, id in zip(SOURCES, ids)
-    }
+    runs = {}
+    for name, flow_id in zip(SOURCES, list(api.flows)[-len(SOURCES) :]):
+        runs[name] = start(api, namespace, flow_id, parameters={"image": small_image})
     for run in runs.values():
         run.succeeds()
-        assert run.job_ends()[0] == "Complete"
+        how, _ = run.job_ends()
+        assert how == "Complete"
     runs["build_and_run"].logged("hello from an image that this run has built")
-    for word in (
-        "apple",
-        "pear",
-        "plum",
-        "cherry",
-    ):  # worker processes may end before they have sent their logs
+    # Worker processes may end before they have sent their logs, so threads are looked at.
+    for word in ("apple", "pear", "plum", "cherry"):
         runs["parallel"].logged(f"hello {word}")
