@@ -41,7 +41,7 @@ test-cgroup2: .venv/dev ## run the daemons of the templates on a node with cgrou
 
 lint: .venv/dev ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and codespell
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
-	@$(BIN)/mypy flows scripts
+	@$(BIN)/mypy flows scripts tests
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/shellcheck .ci/run scripts/airgap/node/init tests/cgroup2/node scripts/airgap/runc-drop-missing-caps $$(git ls-files '*.sh')
 	@$(BIN)/hadolint Dockerfile scripts/airgap/*.Dockerfile

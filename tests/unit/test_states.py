@@ -17,6 +17,7 @@ from prefect import Client, Flow, Parameter, Task, task
 from prefect.engine.cloud import CloudFlowRunner
 from prefect.engine.state import Failed, Running, Submitted, Success, TriggerFailed
 from prefect.storage import Local
+from prefect.tasks.core.function import FunctionTask
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.storage import extract_flow_from_file
 
@@ -59,7 +60,8 @@ def submitted(flow: Flow, api: PrefectAPI, **parameters: Any) -> FlowRun:
 
 def execute(flow: Flow, run: FlowRun, fake: FakeDocker) -> None:
     """Run a flow as the process in the pod does, on a daemon of its own."""
-    for each in flow.tasks - flow.parameters():
+    docker_tasks: set[Any] = flow.tasks - flow.parameters()
+    for each in docker_tasks:
         each.docker_server_url = fake.url
     with prefect.context(flow_run_id=run.id):
         CloudFlowRunner(flow=flow).run()
@@ -128,7 +130,12 @@ def test_a_run_that_is_retrying_goes_on(
     [(False, 1), (False, 2), (False, 3), (True, 2), (True, 3), (True, 8)],
 )
 def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI, restarted: bool, request_number: int
+    flow: Flow,
+    fake: FakeDocker,
+    api: PrefectAPI,
+    monkeypatch: pytest.MonkeyPatch,
+    restarted: bool,
+    request_number: int,
 ) -> None:
     """The first request reads the run, and the next ones are the state handler's."""
     run = submitted(flow, api, image="app:1")
@@ -137,14 +144,15 @@ def test_a_run_that_is_cancelled_while_it_starts_stays_cancelled(
         execute(flow, run, fake)
         api.restart(run.id)
         fake.requests.clear()
-    answer, numbers = api.answer, itertools.count(1)
+    answer = api.answer
+    numbers = itertools.count(1)
 
     def cancel_before(*request: Any) -> Any:
         if next(numbers) == request_number:
             api.cancel(run.id)
         return answer(*request)
 
-    api.answer = cancel_before  # type: ignore[method-assign]
+    monkeypatch.setattr(api, "answer", cancel_before)
     execute(flow, run, fake)
     assert run.state == "Cancelled", str(run)
     assert fake.requests == []
@@ -254,8 +262,11 @@ def test_sigterm_during_a_task(
     asked = "POST /containers/wait" if waits else "POST /images/create"
     wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
     process.terminate()
-    seen = lambda: {run.state, *run.task_states.values()} <= {"Success", "Failed"}  # noqa: E731
-    wait_for(seen, "all is reported before Kubernetes sends SIGKILL", lambda: run, 30)
+
+    def is_reported() -> bool:
+        return {run.state, *run.task_states.values()} <= {"Success", "Failed"}
+
+    wait_for(is_reported, "all is reported before Kubernetes sends SIGKILL", lambda: run, 30)
     if not waits:
         process.kill()  # as Kubernetes does then: a thread that pulls may hold the process up
     assert_ended_by_sigterm(run, process)
@@ -344,7 +355,7 @@ WaitOnContainer(container_id="{ID}", docker_server_url="{fake.url}").run()
 def test_a_programs_own_handler_stays(own: Any) -> None:
     seen = []
     with Flow("own", state_handlers=[handle_pod_lifecycle]) as flow:
-        task(lambda: seen.append(signal.getsignal(signal.SIGTERM)), name="look")()
+        FunctionTask(lambda: seen.append(signal.getsignal(signal.SIGTERM)), name="look")()
     signal.signal(signal.SIGTERM, own)
     assert flow.run().is_successful()
     assert (seen == [own]) == (own != signal.SIG_DFL)
