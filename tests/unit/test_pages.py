@@ -211,10 +211,8 @@ PENDING = {  # of changes to flows/ and scripts/ that are on their way
     "Not started: container …; the wait needs upstream_tasks=[started], the task that starts it",
     "Stopped at its time limit of … s: container …",
     "This process does not run the flow: …",
-    "Your user may not use that socket.",
     "[lines dropped here: the output is too fast for the run's logs]",
     "… did not answer within … s",
-    "… has no parameter …",
     "… is a broken login: auth is not the base64 of USER:PASSWORD",
     "… is no valid Docker configuration, and is not used",
 }
