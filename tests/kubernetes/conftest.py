@@ -1,6 +1,6 @@
 """A real kind cluster, a real Agent in it, and the flow, registered by the real CLI."""
 
-import uuid
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,23 @@ from prefect.run_configs import KubernetesRun
 from flows.settings import load_job_template
 from scripts import cluster
 from scripts.registry import registry_address
+from tests.support.admin import copy_of_deploy
 from tests.support.containers import archive
 from tests.support.kubectl import NAMESPACE, kubectl, on_node
 from tests.support.namespaces import Namespace, RunningPod
+from tests.support.pages import command
 from tests.support.prefect_api import PrefectAPI
 from tests.support.provided_cluster import SMALL_IMAGE, api_with_the_flow, provided_cluster
-from tests.support.readme import readme
 from tests.support.registries import private_registry, wait_until_it_listens
 from tests.support.session import WORKER, set_up_before_workers
+from tests.support.shell import shell
 from tests.support.submitted_runs import AGENT_LABELS, Submit, SubmittedRun, start
 from tests.support.templates import TEMPLATES, Template
 
 TIMEOUT = 400  # seconds, of a test that names none
+# The folders for layers that the tests' namespace admits, beside the template's own.
+STORES = [f"/var/lib/docker-sidecar-{NAMESPACE}-{number}" for number in range(20)]
+UNUSED_STORES = iter(STORES)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -70,22 +75,28 @@ def api(engine: docker.DockerClient) -> Iterator[PrefectAPI]:
 
 
 @pytest.fixture(scope="session")
-def namespace(engine: docker.DockerClient, api: PrefectAPI) -> Iterator[Namespace]:
-    """The tests' namespace, made by the commands of the pages."""
-    readme("kubectl create namespace")
-    readme("kubectl label namespace")
+def namespace(
+    engine: docker.DockerClient, api: PrefectAPI, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Namespace]:
+    """The tests' namespace with the Agent, as an admin applies them."""
+    settings = {
+        "namespace": NAMESPACE,
+        "api": os.environ["DOCKER_SIDECAR_TESTS_API"],
+        "stores": " ".join(["/var/lib/docker-sidecar", *STORES]),
+    }
+    folder = copy_of_deploy(tmp_path_factory.mktemp("admin"), settings)
+    shell(command("kubectl apply -k deploy"), folder)
     found = Namespace(cluster.api(), NAMESPACE)
     kubernetes.utils.create_from_dict(found.api, cluster.daemon_config(engine, found.name))
     yield found
-    kubectl(f"delete namespace {NAMESPACE} --wait=false")
+    shell("kubectl delete -k deploy --ignore-not-found --wait=false", folder)
     # The Agent does not heed SIGTERM, and the namespace waits for it.
     kubectl("delete pods --all --force --wait=false")
 
 
 @pytest.fixture(scope="session")
 def deployment(namespace: Namespace) -> None:
-    """The real Agent, from the manifests that the CLI writes."""
-    readme("prefect agent kubernetes install --rbac")
+    """The real Agent, which runs."""
     kubectl("rollout status deployment prefect-agent --timeout=180s")
 
 
@@ -120,7 +131,7 @@ def template_name(request: pytest.FixtureRequest, templates: list[str]) -> str:
 @pytest.fixture
 def store() -> Iterator[str]:
     """A folder on the node for layers, of a test's own."""
-    path = f"/var/lib/docker-sidecar-{uuid.uuid4().hex[:8]}"
+    path = next(UNUSED_STORES)
     yield path
     on_node("rm", "-rf", path)
 

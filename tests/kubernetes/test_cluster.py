@@ -234,7 +234,7 @@ def test_a_daemon_that_cannot_start_is_the_cause(submit: Submit, templates: list
 
 
 def test_a_configuration_that_dockerd_refuses_lets_the_flow_say_so(submit: Submit) -> None:
-    """The hook of kept_layers gives up, so that the flow starts."""
+    """Also with kept_layers, whose daemon is started again on an empty store."""
     refused = edited("kept_layers", "--log-driver=local", "--mtu=many")
     assert_daemon_is_the_cause(submit(refused, command="true"))
 
@@ -346,49 +346,6 @@ def test_a_daemons_image_that_cannot_be_pulled_is_found_by_the_agent(
     run = submit(edited("docker_sidecar", image, f"{small_image}-not"), command="true")
     run.reaches("Failed", timeout=60 + 2 * HEARTBEAT)
     run.job_ends(2 * HEARTBEAT)
-
-
-class KeptLayers:
-    """Runs on a store of the node that has two slots."""
-
-    def __init__(self, submit: Submit, store: str) -> None:
-        self.submit = submit
-        self.template = edited("kept_layers", "/var/lib/docker-sidecar", store)
-        command = daemon_of(self.template)["command"]
-        command[2] = command[2].replace("0 1 2 3 4 5 6 7", "0 1")
-
-    def run(self, command: Any = FOREVER) -> SubmittedRun:
-        return self.submit(self.template, command=command)
-
-
-def root_of(pod: RunningPod) -> str:
-    """The slot that a pod's daemon has."""
-    ask = ["docker", "info", "--format", "{{.DockerRootDir}}"]
-    return pod.execute("dind-daemon", *ask).strip()
-
-
-def test_runs_at_once_have_a_slot_each_while_there_are_slots(submit: Submit, store: str) -> None:
-    kept = KeptLayers(submit, store)
-    runs = [kept.run(), kept.run()]
-    roots = {root_of(run.container_writes("up")) for run in runs}
-    assert roots == {"/store/0", "/store/1"}
-    kept.run("true").succeeds("Downloaded newer image")
-
-
-def test_a_slot_is_used_again_after_its_pods_sudden_death(submit: Submit, store: str) -> None:
-    kept = KeptLayers(submit, store)
-    first = kept.run()
-    pod = first.container_writes("up")
-    pod.execute("dind-daemon", "docker", "volume", "create", "left")
-    kubectl(f"delete pod {pod.name} --force --grace-period=0")
-    first.job_ends()
-    second = kept.run()
-    pod = second.container_writes("up")
-    second.logged("Image is up to date")
-    assert root_of(pod) == "/store/0"
-    containers = pod.execute("dind-daemon", "docker", "ps", "--all", "--quiet")
-    assert len(containers.split()) == 1, "its own"
-    assert pod.execute("dind-daemon", "docker", "volume", "ls", "--quiet") == ""
 
 
 class Configured:

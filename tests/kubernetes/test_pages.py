@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect.run_configs import KubernetesRun
 from prefect.serialization.schedule import ScheduleSchema
 
-from flows.settings import JOB_TEMPLATES, PROJECT, load_job_template
+from flows.settings import PROJECT, load_job_template
 from scripts import cluster
 from scripts.base import DAEMON
 from scripts.registry import REGISTRY
@@ -32,7 +31,6 @@ from tests.support.readme import readme
 from tests.support.registries import login
 from tests.support.shell import replaced, shell
 from tests.support.submitted_runs import (
-    AGENT_LABELS,
     FOREVER,
     Submit,
     SubmittedRun,
@@ -144,15 +142,14 @@ def test_network_policy(submit: Submit, agent: RunningPod) -> None:
         # The policy is for runs: the Agent's pod reaches the server.
         probe = ["timeout", "60", "python", "-c", PROBE, "open", *addresses]
         assert "all open" in agent.execute("agent", *probe)
-        kubectl("create --filename -", example("network-policy"))
         command = ["python", "-c", PROBE, "closed", *addresses, "169.254.169.254"]
         run = submit("native_sidecar", image=PREFECT_IMAGE, command=command, time_limit=120)
         run.succeeds("all closed")
     finally:
-        ours = f"pod/{name} service/{name} networkpolicy/docker-sidecar"
-        kubectl(f"delete --now --ignore-not-found {ours}")
+        kubectl(f"delete --now --ignore-not-found pod/{name} service/{name}")
 
 
+RENEW_LOGIN = PROJECT / "deploy" / "components" / "renew-login" / "renew-login.yaml"
 # A process that pulls an image, waits, and pulls another one.
 PULLS = """
 import os, sys, time
@@ -177,7 +174,12 @@ def update_volumes(pod: RunningPod) -> None:
 
 @pytest.mark.timeout(500)
 def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
-    submit: Submit, namespace: Namespace, private_image: str, small_image: str, tmp_path: Path
+    submit: Submit,
+    namespace: Namespace,
+    private_image: str,
+    small_image: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     """By the CronJob's own script, with the rights of its account; `aws` is a stand-in."""
     address = private_image.partition("/")[0]
@@ -190,15 +192,13 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     mirror = json.dumps({"insecure-registries": [small_image.partition("/")[0]]})
     literals = f"--from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'"
     kubectl(f"create configmap with-a-ca {literals}")
-    instead = {"registry.example.com": address, "=AWS": "=user"}
-    readme(
-        "kubectl create secret docker-registry",
-        {**instead, "password=password": "password=expired"},
-    )
-    for old in ("namespace: flows", "namespace: logins", "namespace flows"):
-        instead[old] = old.replace(old.split()[1], namespace.name)
-    *others, cron_job = yaml.safe_load_all(replaced(example("renew-login"), instead))
-    kubectl("create --filename -", yaml.safe_dump_all([*others, cron_job]))
+    expired = {"registry.example.com": address, "password=password": "password=expired"}
+    readme("kubectl create secret docker-registry", expired)
+    instead = {"flows": namespace.name, "registry.example.com": address, "=AWS": "=user"}
+    resources = replaced(RENEW_LOGIN.read_text(), instead)
+    kubectl("create --filename -", resources)
+    request.addfinalizer(lambda: kubectl(f"delete namespace {namespace.name}-logins --wait=false"))
+    *_, cron_job = yaml.safe_load_all(resources)
     pod = submit(template, command=FOREVER).container_writes("up")
 
     def says(text: str) -> None:
@@ -211,8 +211,10 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
 
     [container] = cron_job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     [script] = container["args"]
-    account = f"--as=system:serviceaccount:{NAMESPACE}:renew-login"
-    shell(f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}; {script}')
+    account = f"--as=system:serviceaccount:{NAMESPACE}-logins:renew-login"
+    stand_ins = f'aws() {{ echo password; }}; kubectl() {{ command kubectl {account} "$@"; }}'
+    variables = {each["name"]: each["value"] for each in container["env"]}
+    shell(f"{stand_ins}; {script}", environment=variables)
 
     def has_the_new_login() -> bool:
         update_volumes(pod)
@@ -224,60 +226,14 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     says("so is the second")
 
 
-@pytest.mark.usefixtures("namespace")
 def test_the_stores_of_a_node_are_found(store: str) -> None:
     on_node("mkdir", "-p", f"{store}/0")
     instead = {
         "node/NODE": f"node/{cluster.NODE}",
-        "--namespace kube-system": f"--namespace {NAMESPACE}",
+        "--namespace kube-system": "--namespace default",  # the tests' own admits no such pod
     }
     assert f"/host{store}" in readme("kubectl debug node/NODE", instead)
-
-
-def own_template_that_says(text: str) -> dict[str, str]:
-    """What the commands of the page read, in place of a file, as a template that says a text."""
-    job = yaml.safe_load((JOB_TEMPLATES / "native_sidecar.yaml").read_text())
-    flow = job["spec"]["template"]["spec"]["containers"][0]
-    flow["env"].append({"name": "TEMPLATE", "value": text})
-    literal = f"--from-literal=own.yaml={yaml.safe_dump(job)}"
-    return {"--from-file=job_templates/own.yaml": shlex.quote(literal)}
-
-
-@pytest.mark.timeout(600)
-def test_a_template_of_the_agents_is_changed_without_registering(
-    api: PrefectAPI, agent: RunningPod, namespace: Namespace, small_image: str
-) -> None:
-    """By the commands of the page."""
-
-    def run_says(text: str) -> None:
-        path = "agent:///job-template/own.yaml"
-        config = KubernetesRun(job_template_path=path, labels=AGENT_LABELS).serialize()
-        parameters = {
-            "image": small_image,
-            "environment": ["TEMPLATE"],
-            "command": ["sh", "-c", "echo $TEMPLATE"],
-        }
-        run = start(api, namespace, parameters=parameters, run_config=config)
-        run.succeeds(text)
-
-    create = "kubectl --namespace flows create configmap job-template --from-file"
-    readme(f"{create}=job_templates/own.yaml", own_template_that_says("the first template"))
-    patch = {"--patch-file agent-patch.yaml": f"--patch {shlex.quote(example('agent-patch'))}"}
-    readme("kubectl patch deployment prefect-agent", patch)
-
-    # The old one ignores SIGTERM for 30 s, takes runs meanwhile, and knows no such template.
-    kubectl(f"wait --for=delete pod {agent.name} --timeout=120s")
-    kubectl("rollout status deployment prefect-agent --timeout=120s")
-    new = namespace.pod("app=prefect-agent")
-    run_says("the first template")
-    readme(f"{create}=job_templates/own.yaml --dry", own_template_that_says("the second template"))
-
-    def has_the_second() -> bool:
-        update_volumes(new)
-        return "second" in new.execute("agent", "cat", "/job-template/own.yaml")
-
-    wait_for(has_the_second, "the Agent has the new template", namespace.report, 150)
-    run_says("the second template")
+    shell("kubectl delete pods --selector app.kubernetes.io/managed-by=kubectl-debug")
 
 
 # docs/from-your-flows.md: other flows start the registered flow, and a repository of one's own

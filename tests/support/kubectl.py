@@ -8,8 +8,17 @@ from tests.support.shell import shell
 
 NAMESPACE = SESSION
 # Each node image has a kubectl; a machine may have none.
+# With -k it reads files, of the current folder, which are copied to the node.
 KUBECTL = f"""#!/bin/sh
-exec docker exec --interactive {cluster.NODE} kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
+set -eu
+folder=/
+case " $* " in *" -k "*)
+  folder=/run/kustomize-$$
+  tar -c deploy* job_templates | docker exec --interactive {cluster.NODE} \\
+    sh -c "mkdir $folder && tar --extract --directory $folder"
+esac
+exec docker exec --interactive --workdir $folder {cluster.NODE} \\
+  kubectl --kubeconfig=/etc/kubernetes/admin.conf "$@"
 """
 
 

@@ -24,6 +24,15 @@ def edited(name: str, old: str, new: str) -> Template:
     return dict_of(json.loads(text.replace(old, new)))
 
 
+def with_edits(container: dict[str, Any], edits: dict[str, str]) -> dict[str, Any]:
+    """A container of a template with some texts in its strings replaced."""
+    text = json.dumps(container)
+    for old, new in edits.items():
+        assert old in text, f"{old!r} is no longer in the template"
+        text = text.replace(old, json.dumps(new)[1:-1])
+    return dict_of(json.loads(text))
+
+
 def dict_of(value: Any) -> dict[str, Any]:
     assert isinstance(value, dict)
     return value

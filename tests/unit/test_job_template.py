@@ -1,4 +1,4 @@
-"""The job templates, without a cluster: valid for each Kubernetes that they are for, and with sound scripts."""
+"""The job templates, without a cluster: valid for each Kubernetes, alike, with sound scripts."""
 
 import itertools
 import re
@@ -71,6 +71,67 @@ def test_limits(name: str) -> None:
 
 def test_the_templates_name_one_docker() -> None:
     assert len({containers(template)[1]["image"] for template in TEMPLATES.values()}) == 1
+
+
+def fields(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value of a template, and its path. Entries of lists have their name or mountPath."""
+    if isinstance(part, dict):
+        for name, value in part.items():
+            yield from fields(value, f"{path}.{name}")
+    elif isinstance(part, list) and part and isinstance(part[0], dict):
+        for entry in part:
+            name = entry.get("mountPath", entry.get("name"))
+            yield from fields(entry, f"{path}[{name}]")
+    else:
+        yield path, part
+
+
+def differences(part: Any, other: Any, known: list[str]) -> list[str]:
+    """The fields that two parts of templates do not have in common, by the first known name."""
+    ours = dict(fields(part))
+    theirs = dict(fields(other))
+    different = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
+    named = [next((name for name in known if name in path), path) for path in different]
+    return sorted(set(named))
+
+
+GVISOR = [
+    ".annotations.dev.gvisor.spec.mount.",
+    ".runtimeClassName",
+    "[dind-daemon].args",
+    "[dind-daemon].command",
+    "[dind-daemon].env[POD_IP]",
+    "[dind-daemon].securityContext.",
+]
+KEPT_LAYERS = [
+    "[dind-daemon].args",
+    "[dind-daemon].command",
+    "[dind-daemon].env[TINI_SUBREAPER]",
+    "[dind-daemon].volumeMounts[/store]",
+    "[dind-daemon].volumeMounts[/var/lib/docker]",
+    ".volumes[docker-graph-store]",
+    ".volumes[no-slot]",
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"), [("gvisor_sidecar", GVISOR), ("kept_layers", KEPT_LAYERS)]
+)
+def test_what_a_template_has_of_its_own(name: str, known: list[str]) -> None:
+    assert differences(TEMPLATES["native_sidecar"], TEMPLATES[name], known) == sorted(known)
+
+
+def test_what_the_flow_container_of_docker_sidecar_has_of_its_own() -> None:
+    known = [
+        ".command",
+        ".env[DOCKER_HOST].value",
+        ".volumeMounts[/alive]",
+        ".volumeMounts[/run/dind]",
+    ]
+    native, recipe = (
+        containers(TEMPLATES[name])[0] for name in ("native_sidecar", "docker_sidecar")
+    )
+    assert differences(native, recipe, known) == sorted(known)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
