@@ -1,286 +1,226 @@
-"""A running container's output: read while the container runs, and bounded before it reaches the run's logs."""
+"""A container's output on its way to the run's logs: bounded, and made of whole lines.
+
+Output waits here while Prefect's queue of logs is full. If too much waits, the oldest is dropped.
+So the newest lines, which name the cause of a failure, are always logged.
+"""
 
 import codecs
-import itertools
 import json
 import threading
-import time
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import docker
-import requests
-from prefect.utilities.logging import LOG_MANAGER, LOG_OVERHEAD
+from prefect.utilities import logging as prefect_logging
+from prefect.utilities.logging import LOG_OVERHEAD
 
-from flows.daemon import call_sdk, error_message, unavailable
+BLOCK_BYTES = 1 << 14  # of output that waits and is dropped together, about
+WAITING_BLOCKS = 128  # that wait for room in Prefect's queue; then the oldest is dropped
+QUEUE_BYTES = 2_500_000  # as sent; while more is in Prefect's queue, output waits here
+LINE_BYTES = 1 << 16  # a longer line is broken
+CHARACTER_BYTES = 14  # that a character takes as sent, at most: an emoji
 
-FLUSH_SECONDS = 1  # how often a running container's output goes to the run's logs; a progress bar every third time
-OUTPUT_GRACE_SECONDS = 5  # how long a stream of output may pause after the container's exit
-READ_SECONDS = (
-    15  # how long the output of a container that has exited may take, and each piece of it
-)
-UPLOAD_SECONDS = (
-    10  # how long the last output waits for Prefect's next upload of logs, which is every 5 s
-)
-UPLOAD_BYTES = 2_500_000  # at most in an upload, as sent; over 5 MB, Prefect Server refuses it and all later ones
-WAITING_BYTES = 5 << 18  # of output that waits for an upload; more is dropped, from the middle
-BLOCK = 1 << 14  # bytes of output that become one record of the run's logs, about
-LINE_LENGTH = 1 << 16  # bytes; a longer line is broken
-STDOUT, STDERR, SYSTEM = (
-    1,
-    2,
-    3,
-)  # Docker's numbers of the streams; SYSTEM says what is wrong with the output
-Output = Iterator[tuple[int, bytes]]  # pieces, each with the number of its stream
+# Docker's numbers of the streams. SYSTEM says what is wrong with the output.
+STDOUT = 1
+STDERR = 2
+SYSTEM = 3
 
 
-def frames(chunks: Iterable[bytes]) -> Output:
-    """Take Docker's multiplexed stream apart, wherever it is cut: yield the number of the stream, and the bytes.
-
-    Source: https://docs.docker.com/reference/api/engine/version/v1.41/#tag/Container/operation/ContainerAttach
-    """
-    buffer = b""
-    for chunk in chunks:
-        buffer, start = buffer + chunk, 0
-        while len(buffer) >= (body := start + 8):
-            end = body + int.from_bytes(buffer[start + 4 : body], "big")
-            if end > len(buffer):
-                break
-            yield buffer[start] or STDOUT, buffer[body:end]
-            start = end
-        buffer = buffer[start:]
+def as_sent(text: str) -> int:
+    """How many bytes of a request to Prefect's API a text takes: it is JSON in JSON, in ASCII."""
+    encoded = json.dumps(text)
+    return len(encoded) + encoded.count('"') + encoded.count("\\")
 
 
-def read(client: docker.APIClient, container_id: str, tty: bool, **params: Any) -> Output:
-    """Read a container's output, with a TTY as it is, else by frames. Raises an APIError if there is none to read."""
-    url = client._url("/containers/{0}/logs", container_id)  # type: ignore[attr-defined]
-    timeout = None if params.get("follow") else READ_SECONDS
-    response = client.get(
-        url, params={"stdout": 1, "stderr": 1, **params}, stream=True, timeout=timeout
-    )
-    client._raise_for_status(response)  # type: ignore[attr-defined]
-    return (
-        ((STDOUT, chunk) for chunk in response.iter_content(None))
-        if tty
-        else frames(response.iter_content(None))
-    )
+def record_as_sent(log: dict[str, Any]) -> int:
+    """How many bytes of an upload a log record takes."""
+    return as_sent(log["message"]) + LOG_OVERHEAD
 
 
-def follow(
-    client: docker.APIClient, container_id: str, tty: bool, exited: threading.Event
-) -> Output:
-    """Read a container's output until the container has exited (``exited`` is set) and the output has ended.
-
-    After a stream that breaks, only new output is read, because timestamps cannot tell what was lost.
-    """
-    for attempt in itertools.takewhile(
-        lambda attempt: attempt == 1 or not exited.is_set(), itertools.count(1)
-    ):
-        output, broken = (
-            read(client, container_id, tty, follow=1, tail="all" if attempt == 1 else 0),
-            True,
-        )
-        with suppress(requests.RequestException):
-            for stream, data in output:
-                yield stream, b"output could not be read: " + data if stream == SYSTEM else data
-            broken = False
-        if (
-            not exited.wait(min(attempt, 10)) or broken
-        ):  # Docker reports the exit a little after the end of the stream
-            yield SYSTEM, b"Docker ended the output too early; lines may be missing\n"
+# Prefect's LogManager makes uploads of 3 MB, but it counts characters. 3 million characters that
+# are not ASCII are up to 40 MB. Prefect Server refuses more than 5 MB, and LogManager repeats such
+# an upload forever. So let it count bytes.
+prefect_logging.getlogsize = record_as_sent
 
 
-def newest_state(line: str) -> str:
-    """What a terminal shows of a line: a carriage return goes back to the start of the line."""
-    return line.rstrip("\r").rpartition("\r")[2]
+def newest_lines(text: str, limit: int) -> str:
+    """The last lines of a text: at most ``limit`` bytes, as they are sent. Of one line its end."""
+    if as_sent(text) <= limit:
+        return text
+    room = limit
+    kept: list[str] = []
+    for line in reversed(text.split("\n")):
+        room -= as_sent(line)
+        if room < 0:
+            break
+        kept.append(line)
+    if not any(kept):
+        length = (limit - as_sent("")) // CHARACTER_BYTES
+        return text[-length:]
+    kept.reverse()
+    return "\n".join(kept)
 
 
-def as_sent(value: Any) -> int:
-    """How many bytes of an upload a text or a record is: Prefect encodes JSON twice, in ASCII."""
-    text = json.dumps(value)
-    return len(text) + text.count('"') + text.count("\\")
+@dataclass
+class Piece:
+    """Output of one stream."""
+
+    stream: int
+    data: bytearray = field(default_factory=bytearray)
 
 
-class Batch:
-    """Output that waits for the run's logs, in blocks: [stream, bytes, how many lines were dropped before it].
+@dataclass
+class Block:
+    """Output in the order in which it came. It is logged as a whole, or dropped as a whole."""
 
-    If a container writes faster than Prefect's API takes logs, blocks are dropped from the middle. One thread adds,
-    another one takes.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._size, self.blocks = threading.Lock(), 0, deque[list[Any]]()
-        self._unfinished: dict[int, bytes] = {}  # by stream, the line that has not ended
+    pieces: list[Piece] = field(default_factory=list)
+    size: int = 0  # in bytes, with what the log records of the pieces take
+    after_gap: bool = False  # whether output that came just before was dropped
 
     def add(self, stream: int, data: bytes) -> None:
         """Add output of a stream."""
+        if not self.pieces or self.pieces[-1].stream != stream:
+            self.pieces.append(Piece(stream))
+            self.size += LOG_OVERHEAD
+        self.pieces[-1].data += data
+        self.size += len(data)
+
+
+class Waiting:
+    """Output that waits for room in Prefect's queue. One thread adds, another one takes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._blocks: deque[Block] = deque(maxlen=WAITING_BLOCKS)
+        self._dropped = False  # whether output before the oldest block was dropped
+
+    def add(self, stream: int, data: bytes) -> None:
+        """Add output of a stream. If too much waits, the oldest block is dropped."""
         with self._lock:
-            if not self.blocks or self.blocks[-1][0] != stream or len(self.blocks[-1][1]) >= BLOCK:
-                self.blocks.append([stream, bytearray(), 0])
-                self._size += LOG_OVERHEAD  # of its record, and about that of its objects
-            self.blocks[-1][1] += data
-            self._size += len(data)
-            while self._size > WAITING_BYTES and len(self.blocks) > 1:
-                middle = (len(self.blocks) - 1) // 2
-                _, old, dropped = self.blocks[middle]
-                del self.blocks[middle]
-                self._size -= len(old) + LOG_OVERHEAD
-                self.blocks[middle][2] += dropped + (
-                    old.count(b"\n") or 1
-                )  # of a long line, a part
+            if not self._blocks or self._blocks[-1].size >= BLOCK_BYTES:
+                if len(self._blocks) == self._blocks.maxlen:
+                    self._dropped = True
+                self._blocks.append(Block())
+            self._blocks[-1].add(stream, data)
 
-    def take(self) -> list[tuple[int, str]]:
-        """Take the oldest block: texts of whole lines, in order, each with the number of its stream."""
+    def take(self) -> Block | None:
+        """Take the oldest block, if there is one."""
         with self._lock:
-            stream, data, dropped = self.blocks.popleft()
-            self._size -= len(data) + LOG_OVERHEAD
-        note = f"[{dropped:,} lines dropped here: too many for the run's logs]"
-        texts = [*self.rest(), (stream, note)] if dropped else []
-        body, newline, rest = (self._unfinished.pop(stream, b"") + data).rpartition(b"\n")
-        rest = rest[
-            rest.rstrip(b"\r").rfind(b"\r") + 1 :
-        ]  # older states of a progress bar are not kept
-        if len(rest) > LINE_LENGTH:
-            body, newline, rest = body + newline + rest, b"", b""
-        text, length = codecs.utf_8_decode(body, "replace", bool(newline))
-        self._unfinished[stream] = body[length:] + rest  # of a long line, half a character
-        if text or newline:
-            texts.append(
-                (stream, "\n".join(map(newest_state, text.split("\n"))) if "\r" in text else text)
-            )
-        return texts
-
-    def rest(self) -> list[tuple[int, str]]:
-        """Take the lines that have not ended."""
-        lines = [
-            (stream, newest_state(line.decode(errors="replace")))
-            for stream, line in self._unfinished.items()
-        ]
-        self._unfinished.clear()
-        return [(stream, line) for stream, line in lines if line]
+            if not self._blocks:
+                return None
+            block = self._blocks.popleft()
+            block.after_gap = self._dropped
+            self._dropped = False
+            return block
 
 
-class Watch:
-    """A running container: threads wait for its exit, read its output, and look at its progress bars."""
+class Lines:
+    """Makes text of output. For each stream, a line that has not ended waits for its end."""
 
-    _handing_on = (
-        threading.Lock()
-    )  # one for all containers of this process: they share Prefect's uploads
+    def __init__(self) -> None:
+        self._unfinished: dict[int, bytes] = {}
 
-    def __init__(
-        self, client: docker.APIClient, url: str, container_id: str, tty: bool, options: Any
-    ) -> None:
-        self.result: Any = None  # of the wait: Docker's answer, or an error
-        self._batch, self._slow = (
-            Batch(),
-            False,
-        )  # slow: the output is little enough to look at it twice
-        self._bars: dict[int, bytes] = defaultdict(bytes)  # by stream, the line that has not ended
-        self._exited, self._over = (
-            threading.Event(),
-            threading.Event(),
-        )  # over: exited, and the output is read
-        self._heard = time.monotonic()  # when the last output came, or the exit
+    def add(self, stream: int, data: bytes) -> str | None:
+        """Add output of a stream, and return the lines that have ended, or None."""
+        data = self._unfinished.pop(stream, b"") + data
+        ended, newline, unfinished = data.rpartition(b"\n")
+        unfinished = unfinished[_start_of_newest_state(unfinished) :]
+        if len(unfinished) > LINE_BYTES:
+            text, length = codecs.utf_8_decode(data, "replace", False)
+            self._unfinished[stream] = data[length:]  # the bytes of half a character
+            return newest_states(text)
+        self._unfinished[stream] = unfinished
+        if not newline:
+            return None
+        return newest_states(ended.decode(errors="replace"))
 
-        def wait_for_exit() -> None:
-            try:
-                self.result = call_sdk(client.wait, container=container_id, **options)
-            except Exception as error:
-                self.result = error
-                if unavailable(
-                    error
-                ):  # whether the container runs is not known, so nothing is waited for
-                    self._over.set()
-            self._heard = time.monotonic()
-            self._exited.set()
+    def rest(self) -> Iterator[tuple[int, str]]:
+        """Take the lines that have not ended, each with its stream."""
+        unfinished = self._unfinished
+        self._unfinished = {}
+        for stream, line in unfinished.items():
+            text = newest_states(line.decode(errors="replace"))
+            if text:
+                yield stream, text
 
-        def read_output() -> None:
-            try:
-                for stream, data in follow(client, container_id, tty, self._exited):
-                    self._heard = time.monotonic()
-                    self._batch.add(stream, data)
-            except Exception as error:
-                self._batch.add(
-                    SYSTEM, f"output could not be read: {error_message(error, url)}\n".encode()
-                )
-            self._exited.wait()
-            self._over.set()
 
-        def look_at_bars() -> (
-            None
-        ):  # Docker's logs have a line when it has ended, its "attach" has it at once
-            while not self._over.wait(FLUSH_SECONDS):
-                if not self._slow:
-                    continue
-                with suppress(Exception):  # read_output() reports what is wrong
-                    pairs: Any = client.attach(container_id, stream=True, demux=True)
-                    for pair in itertools.takewhile(lambda _: self._slow, pairs):
-                        for stream, data in zip((STDOUT, STDERR), pair):
-                            self._bars[stream] = (self._bars[stream] + (data or b"")).rpartition(
-                                b"\n"
-                            )[2][-BLOCK:]
-                    pairs._response.close()  # its own close() leaves the connection open, and the container then hangs
-                self._bars.clear()
+def _start_of_newest_state(line: bytes) -> int:
+    """Where the newest state of a progress bar starts. The older ones need not be kept."""
+    return line.rstrip(b"\r").rfind(b"\r") + 1
 
-        self._threads = [
-            threading.Thread(target=it, daemon=True)
-            for it in (look_at_bars, read_output, wait_for_exit)
-        ]
 
-    def log_until_exit(self, logger: Any, name: str, seconds: float) -> bool:
-        """Log the output until the container has exited; return False if that takes longer than ``seconds``."""
+def newest_states(text: str) -> str:
+    """What a terminal shows of some lines: a carriage return goes back to the start of the line."""
+    if "\r" not in text:
+        return text
+    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+    return "\n".join(lines)
 
-        def log(*texts: tuple[int, str]) -> None:
-            for stream, text in texts:
-                text = (f"{name}: {text}" if stream == SYSTEM else text).replace(
-                    "\0", "\ufffd"
-                )  # see abbreviated()
-                (logger.info if stream == STDOUT else logger.warning)(text)
 
-        while (
-            self._threads
-        ):  # here, in the try of the caller, who stops the container if interrupted
-            self._threads.pop().start()
-        deadline, flushes, shown = (
-            time.monotonic() + seconds,
-            itertools.count(1),
-            list[tuple[int, str]](),
-        )
-        while not self._over.wait(FLUSH_SECONDS):
-            self._slow, exited = self._hand_on(log) > 0.9 * UPLOAD_BYTES, self._exited.is_set()
-            if exited and time.monotonic() - self._heard > OUTPUT_GRACE_SECONDS:
-                log((SYSTEM, "Docker did not end the output after the exit; lines may be missing"))
+class OutputLog:
+    """Writes a container's output to the run's logs. One thread adds it, another one logs it."""
+
+    def __init__(self, logger: Any, container: str) -> None:
+        self._logger = logger
+        self._container = container  # how messages about the output name it
+        self._waiting = Waiting()
+        self._lines = Lines()
+
+    def add(self, stream: int, data: bytes) -> None:
+        """Add output of a stream."""
+        for start in range(0, len(data), BLOCK_BYTES):
+            self._waiting.add(stream, data[start : start + BLOCK_BYTES])
+
+    def log_while_there_is_room(self) -> int:
+        """Log what waits until Prefect's queue is full, and return how many bytes that were."""
+        room = QUEUE_BYTES - _bytes_in_prefects_queue()
+        logged = 0
+        while logged < room:
+            block = self._waiting.take()
+            if block is None:
                 break
-            if not exited and time.monotonic() > deadline:
-                return False
-            if not exited and next(flushes) % 3 == 0:
-                lines = [
-                    (stream, line.decode(errors="replace").rstrip("\r"))
-                    for stream, line in [*self._bars.items()]
-                ]
-                old, shown = (
-                    shown,
-                    [(stream, newest_state(line)) for stream, line in lines if "\r" in line],
-                )
-                log(*(state for state in shown if state not in old))
-        deadline = time.monotonic() + UPLOAD_SECONDS
-        while self._hand_on(log) <= 0 and self._batch.blocks and time.monotonic() < deadline:
-            time.sleep(FLUSH_SECONDS)
-        log(*self._batch.rest())
-        if self._batch.blocks:
-            log((SYSTEM, "Prefect's API takes no logs; the last lines are dropped"))
-        return True
+            logged += self._log_block(block)
+        return logged
 
-    def _hand_on(self, log: Callable[..., None]) -> int:
-        """Log output while Prefect's next upload of logs has room; return how many bytes are left."""
-        with self._handing_on:
-            with LOG_MANAGER.queue.mutex:
-                waiting = [*LOG_MANAGER.pending_logs, *LOG_MANAGER.queue.queue]
-            room = UPLOAD_BYTES - sum(map(as_sent, waiting))
-            while self._batch.blocks and room > 0:
-                texts = self._batch.take()
-                log(*texts)
-                room -= sum(as_sent(text) + LOG_OVERHEAD for _, text in texts)
-        return room
+    def log_all(self) -> None:
+        """Log all that waits, at the container's end. Prefect's LogManager uploads it in parts."""
+        block = self._waiting.take()
+        while block is not None:
+            self._log_block(block)
+            block = self._waiting.take()
+        for stream, text in self._lines.rest():
+            self.log(stream, text)
+
+    def _log_block(self, block: Block) -> int:
+        """Log a block, and return how many bytes of an upload it is."""
+        logged = 0
+        if block.after_gap:
+            for stream, text in self._lines.rest():
+                logged += self.log(stream, text)
+            note = "[lines dropped here: the output is too fast for the run's logs]"
+            logged += self.log(block.pieces[0].stream, note)
+        for piece in block.pieces:
+            ended = self._lines.add(piece.stream, bytes(piece.data))
+            if ended is not None:
+                logged += self.log(piece.stream, ended)
+        return logged
+
+    def log(self, stream: int, text: str) -> int:
+        """Log a text at the level of its stream, and return how many bytes of an upload it is."""
+        text = text.replace("\0", "\ufffd")  # PostgreSQL, as Prefect's store, refuses NUL
+        if stream == SYSTEM:
+            text = f"{self._container}: {text}"
+        if stream == STDOUT:
+            self._logger.info(text)
+        else:
+            self._logger.warning(text)
+        return as_sent(text) + LOG_OVERHEAD
+
+
+def _bytes_in_prefects_queue() -> int:
+    """How many bytes wait for an upload, as they are sent, from all containers of this process."""
+    manager = prefect_logging.LOG_MANAGER
+    with manager.queue.mutex:
+        queued = list(manager.queue.queue)
+    return manager.pending_length + sum(map(record_as_sent, queued))

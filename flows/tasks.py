@@ -13,7 +13,7 @@ from typing import Any
 
 import docker
 import prefect
-from docker.errors import DockerException
+from docker.errors import DockerException, InvalidArgument
 from prefect.engine import signals
 from prefect.tasks import docker as prefect_docker
 from prefect.utilities.tasks import defaults_from_attrs
@@ -29,24 +29,33 @@ from flows.daemon import (
     wait_for_daemon,
 )
 from flows.options import container_options, environment_strings, host_options
-from flows.output import OUTPUT_GRACE_SECONDS, READ_SECONDS, Watch, read
+from flows.output import OutputLog, newest_lines
 from flows.pull import Pull
 from flows.states import all_successful_or_first_failure
+from flows.watch import OUTPUT_GRACE_SECONDS, Watch, read
 
 PULL_SILENCE_SECONDS = 600  # Docker unpacks a large layer in silence; a longer one fails the pull
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
 STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
-LOG_BYTES = 1 << 20  # how much of the end of the output GetContainerLogs returns
+READ_SECONDS = 15  # how long GetContainerLogs may read, and how long it waits for each piece
+LOG_BYTES = 990_000  # of JSON that GetContainerLogs returns; Prefect Server takes 1 MB for a state
 LOG_LINES = 10_000  # the same, in lines
+WAITS_FOR_A_START = ("next-exit", "removed")  # conditions of Docker's wait
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 LOCAL_DOCKER = "unix:///var/run/docker.sock"  # the default of Prefect's tasks
 
 
 class _DockerTask(prefect.Task):
-    """What the five tasks have in common: after a failed task they fail with its message."""
+    """What the five tasks have in common.
+
+    After a failed task they fail with its message. They are not retried, whatever the default of
+    Prefect's configuration is: a second wait would log the output twice. PullImage retries by
+    itself. ``max_retries`` in the constructor holds.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("trigger", all_successful_or_first_failure)
+        kwargs.setdefault("max_retries", 0)
         super().__init__(*args, **kwargs)
 
 
@@ -272,30 +281,28 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         """Wait until the container has exited.
 
         Returns Docker's answer, with the exit code as ``StatusCode``. Raises FAIL if the code is
-        not 0 (unless ``raise_on_exit_code`` is false), if the container was stopped at its time
-        limit, or if Docker does not answer, and ValueError without an id.
+        not 0 (unless ``raise_on_exit_code`` is false), if the container was not started or was
+        stopped at its time limit, or if Docker does not answer, and ValueError without an id.
         """
         if not container_id:
             raise ValueError("WaitOnContainer: container_id must be provided.")
+        options = extra_docker_kwargs or {}
         with docker_errors_as_failures("Waiting on the container", docker_server_url):
             client = connect(docker_server_url)
-            config = client.inspect_container(container_id)["Config"]
-            name = f"Container {container_id[:12]} (image {config['Image']})"
-            watch = Watch(
-                client, docker_server_url, container_id, config["Tty"], extra_docker_kwargs or {}
-            )
-            self._wait(watch, client, container_id, name, time_limit)
-        code = watch.result.get("StatusCode")
-        reason = (watch.result.get("Error") or {}).get("Message")
-        if raise_on_exit_code and (reason or code):
-            memory = self._memory_cause(client, container_id)
-            raise failure(
-                f"{name} exited with code {code}{memory}{f': {reason}' if reason else ''}"
-            )
-        self.logger.info(f"{name} exited with code {code}")
-        return watch.result
+            container = client.inspect_container(container_id)
+            name = f"{container_id[:12]} (image {container['Config']['Image']})"
+            waits_for_a_start = options.get("condition") in WAITS_FOR_A_START
+            if container["State"]["Status"] == "created" and not waits_for_a_start:
+                advice = "the wait needs upstream_tasks=[started], the task that starts it"
+                raise failure(f"Not started: container {name}; {advice}")
+            log = OutputLog(self.logger, f"Container {name}")
+            tty = container["Config"]["Tty"]
+            watch = Watch(client, docker_server_url, container_id, tty, log, options)
+            self._log_until_exit(watch, client, container_id, name, time_limit)
+        self._report_exit(watch.answer, client, container_id, name, raise_on_exit_code)
+        return watch.answer
 
-    def _wait(
+    def _log_until_exit(
         self,
         watch: Watch,
         client: docker.APIClient,
@@ -306,35 +313,64 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
         """Log the output until the exit. Stop the container if that is interrupted or fails."""
         seconds = math.inf if time_limit is None else time_limit
         try:
-            if not watch.log_until_exit(self.logger, name, seconds):
-                raise failure(f"{name} was stopped at its time limit of {time_limit} s")
-            if isinstance(watch.result, Exception):
-                raise watch.result
+            watch.start()
+            if not watch.log_until_exit(seconds):
+                raise failure(f"Stopped at its time limit of {time_limit} s: container {name}")
+            if watch.error:
+                raise watch.error
+            watch.log_the_rest()
         except BaseException as error:  # the container may still run
             if isinstance(error, SystemExit):  # of a process pool that got SIGTERM, maybe twice
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self.logger.warning(
-                f"{name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)"
+                f"Container {name}: stopping it (SIGTERM, and after {STOP_GRACE_SECONDS} s SIGKILL)"
             )
             with suppress(*ERRORS):
                 client.stop(container_id, timeout=STOP_GRACE_SECONDS)
-            watch.log_until_exit(self.logger, name, OUTPUT_GRACE_SECONDS)
+            watch.log_the_rest(OUTPUT_GRACE_SECONDS)
             raise
+        finally:
+            watch.close()
 
-    def _memory_cause(self, client: docker.APIClient, container_id: str) -> str:
-        """What to add to an exit's message if the container exceeded its memory limit."""
+    def _report_exit(
+        self,
+        answer: dict[str, Any],
+        client: docker.APIClient,
+        container_id: str,
+        name: str,
+        raise_on_exit_code: bool,
+    ) -> None:
+        """Log the exit, or fail with it. The cause comes first: Prefect's UI cuts long messages."""
+        code = answer.get("StatusCode")
+        reason = (answer.get("Error") or {}).get("Message")
+        out_of_memory = self._is_out_of_memory(client, container_id)
+        message = f"Exited with code {code}: container {name}"
+        if out_of_memory:
+            message = f"Exited with code {code} (OOMKilled): container {name}"
+            message += " exceeded its memory limit"
+        if reason:
+            message += f": {reason}"
+        if raise_on_exit_code and (reason or code):
+            raise failure(message)
+        if out_of_memory:  # a child was killed, and the container went on without it
+            self.logger.warning(message)
+        else:
+            self.logger.info(message)
+
+    def _is_out_of_memory(self, client: docker.APIClient, container_id: str) -> bool:
+        """Whether a process of the container was killed because of the memory limit."""
         with suppress(*ERRORS):  # the container may have been removed since
-            if client.inspect_container(container_id)["State"]["OOMKilled"]:
-                return ", killed because it exceeded its memory limit (OOMKilled)"
-        return ""
+            return client.inspect_container(container_id)["State"]["OOMKilled"] is True
+        return False
 
 
 class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
-    """Get the end of a container's output: at most 1 MiB and 10,000 lines.
+    """Get the end of a container's output: as much as a state of Prefect Server can hold.
 
-    A first line says if there was more. Prefect's task reads all of the output into memory. This
-    task is Skipped, with the reason, if no container was created (Prefect passes the error as its
-    id) or if Docker does not hand out its output.
+    That is about 960 kB of ASCII, or 280 kB of Cyrillic. Unless ``extra_docker_kwargs`` has a
+    ``tail``, it is at most 10,000 lines. A first line says if there was more. Prefect's task reads
+    all of the output into memory. This task is Skipped, with the reason, if no container was
+    created (Prefect passes the error as its id) or if Docker does not hand out its output.
     """
 
     @defaults_from_attrs("container_id", "docker_server_url", "extra_docker_kwargs")
@@ -346,29 +382,44 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
     ) -> str:
         """Get the logs, stdout and stderr as they came.
 
-        Raises SKIP with the reason if there are none to get, and ValueError without an id.
+        Raises SKIP with the reason if there are none to get, FAIL if the SDK cannot use
+        ``extra_docker_kwargs``, and ValueError without an id.
         """
         if not container_id:
             raise ValueError("GetContainerLogs: container_id must be provided.")
         if isinstance(container_id, BaseException):
             raise signals.SKIP("No container was created, so there are no logs")
-        text = bytearray()
-        lines = 0
-        deadline = time.monotonic() + READ_SECONDS
-        options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {}), "follow": 0}
+        options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {})}
         try:
             client = connect(docker_server_url)
-            tty = client.inspect_container(container_id)["Config"]["Tty"] is True
-            for _, piece in read(client, container_id, tty, **options):
-                text += piece
-                del text[: -LOG_BYTES - 1]  # with one byte more, which says that it is cut
-                lines += piece.count(b"\n") if tty else 1  # Docker counts parts of a long line
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
+            data, lines = self._read(client, container_id, options)
+        except InvalidArgument as error:
+            raise failure(f"Getting the logs: {error}") from None
         except ERRORS as error:
             message = f"No logs: {error_message(error, docker_server_url)}"
             raise signals.SKIP(abbreviated(message, 500)) from None
-        if lines <= LOG_LINES and len(text) <= LOG_BYTES:
-            return text.decode(errors="replace")
-        text = text[-LOG_BYTES:].partition(b"\n")[2] or text[-LOG_BYTES:]
-        return f"[cut: the last {len(text):,} bytes follow]\n{text.decode(errors='replace')}"
+        text = data.decode(errors="replace")
+        newest = text
+        if lines > LOG_LINES and options["tail"] == LOG_LINES + 1:
+            newest = text.partition("\n")[2]
+        newest = newest_lines(newest, LOG_BYTES)
+        if newest == text:
+            return text
+        return f"[cut: the last {len(newest.encode()):,} bytes follow]\n{newest}"
+
+    def _read(
+        self, client: docker.APIClient, container_id: str, options: dict[str, Any]
+    ) -> tuple[bytes, int]:
+        """The end of the output, and how many lines all of it has, as Docker counts them."""
+        client.timeout = READ_SECONDS
+        deadline = time.monotonic() + READ_SECONDS
+        tty = client.inspect_container(container_id)["Config"]["Tty"] is True
+        end = bytearray()
+        lines = 0
+        for _, piece in read(client, container_id, tty, options):
+            end += piece
+            del end[:-LOG_BYTES]  # more does not fit, in any alphabet
+            lines += piece.count(b"\n") if tty else 1  # Docker counts parts of a long line
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"the output did not end within {READ_SECONDS} s")
+        return bytes(end), lines

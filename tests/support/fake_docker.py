@@ -47,8 +47,17 @@ class FakeDocker(BackgroundServer):
         # Clear while the container runs.
         self.exited = threading.Event()
         self.exited.set()
-        # The answer to a wait.
-        self.result = {"StatusCode": 0}
+        # The answer to a wait, and the words with which a wait is refused.
+        self.result: dict[str, Any] = {"StatusCode": 0}
+        self.wait_refusal: str | None = None
+        # Whether the container has been started.
+        self.started = True
+        # Whether a process of the container was killed because of the memory limit.
+        self.out_of_memory = False
+        # What an attach gets; None if it is not answered.
+        self.attached: Iterable[Item] | None = []
+        # Set when an attach has ended.
+        self.detached = threading.Event()
         # Whether the container has been removed.
         self.gone = False
         # Set at the end of the `with` statement, so that no stream waits for longer.
@@ -118,12 +127,38 @@ class _Handler(QuietHandler):
         self.send_json({"Id": ID}, 201)
 
     def inspect_container(self) -> None:
-        state = {"Running": not self.server.exited.is_set(), "OOMKilled": False}
+        status = "running"
+        if self.server.exited.is_set():
+            status = "exited"
+        if not self.server.started:
+            status = "created"
+        state = {"Status": status, "OOMKilled": self.server.out_of_memory}
         self.send_json({"Config": {"Image": "app:1", "Tty": False}, "State": state})
 
     def wait_for_exit(self) -> None:
+        if self.server.wait_refusal:
+            self.send_json({"message": self.server.wait_refusal}, 400)
+            return
         self.server.exited.wait()
         self.send_json(self.server.result)
+
+    def attach(self) -> None:
+        """Output without chunks: it ends with the connection."""
+        if self.server.attached is None:
+            self.server.closing.wait()
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "application/vnd.docker.raw-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        try:
+            for item in self.server.attached:
+                if callable(item):
+                    item()
+                else:
+                    self.wfile.write(item)
+        finally:
+            self.server.detached.set()
 
     def stop_container(self) -> None:
         self.server.exited.set()
@@ -176,5 +211,6 @@ ANSWERS: dict[str, Callable[[_Handler], None]] = {
     "/containers/create": _Handler.create_container,
     "/containers/json": _Handler.inspect_container,
     "/containers/wait": _Handler.wait_for_exit,
+    "/containers/attach": _Handler.attach,
     "/containers/stop": _Handler.stop_container,
 }

@@ -25,7 +25,7 @@ class Outcome:
         for record in self.records:
             message = record.getMessage()
             is_of_the_wait = record.name == "prefect.WaitOnContainer"
-            is_of_the_task = message.startswith("Container ")
+            is_of_the_task = message.startswith(("Container ", "Exited with code "))
             if is_of_the_wait and record.levelname == level and not is_of_the_task:
                 lines.append(message)
         return "\n".join(lines)

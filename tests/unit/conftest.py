@@ -46,7 +46,7 @@ def _hermetic(monkeypatch: pytest.MonkeyPatch, nowhere: int, tmp_path: Path) -> 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDocker]:
-    monkeypatch.setattr("flows.output.FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr("flows.watch.FLUSH_SECONDS", 0.05)
     with FakeDocker() as fake:
         yield fake
 

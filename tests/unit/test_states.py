@@ -92,7 +92,7 @@ def test_a_restarted_run_runs_again_from_the_pull(
     fake.result = {"StatusCode": 3}
     execute(flow, run, fake)
     assert (run.state, run.task_states["PullImage-1"]) == ("Failed", "Success")
-    assert "exited with code 3" in run.message
+    assert "Exited with code 3" in run.message
 
     api.restart(run.id)
     assert run.task_states["PullImage-1"] == "Success"

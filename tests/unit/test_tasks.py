@@ -31,7 +31,7 @@ from flows.tasks import (
     StartContainer,
     WaitOnContainer,
 )
-from tests.support.fake_docker import ID, FakeDocker, frame
+from tests.support.fake_docker import ID, FakeDocker
 from tests.support.waiting import wait_for
 
 NAMES = ("PullImage", "CreateContainer", "StartContainer", "WaitOnContainer", "GetContainerLogs")
@@ -47,10 +47,6 @@ def lines(caplog: pytest.LogCaptureFixture, level: int = logging.INFO) -> list[s
 def warning(caplog: pytest.LogCaptureFixture) -> str:
     [warned] = lines(caplog, logging.WARNING)
     return warned
-
-
-def wait(fake: FakeDocker, **options: Any) -> Any:
-    return WaitOnContainer(container_id=ID, docker_server_url=fake.url).run(**options)
 
 
 def pull_failure(
@@ -458,98 +454,6 @@ def test_retries_end(fake: FakeDocker) -> None:
     assert 8 < (retry.state.start_time - pendulum.now("utc")).total_seconds() <= 10
     with prefect.context(task_run_count=4):
         assert type(pull_failure(fake, "app:1", "unexpected EOF").state) is Failed
-
-
-# ------------------------------------------------------------------------------------- wait and its logs
-
-
-def test_a_container_that_is_gone_without_a_trace(fake: FakeDocker) -> None:
-    fake.gone = True
-    with pytest.raises(signals.FAIL, match="No such container"):
-        wait(fake)
-    with pytest.raises(signals.SKIP, match="No such container"):
-        GetContainerLogs(docker_server_url=fake.url).run(container_id=ID)
-
-
-def test_a_container_that_is_removed_at_its_exit(fake: FakeDocker) -> None:
-    fake.result = {"StatusCode": 3}
-    fake.exited.clear()
-    waited_for = lambda: wait_for(
-        lambda: fake.asked("POST /containers/wait"), "the exit is waited for"
-    )  # noqa: E731
-    fake.streams = [[waited_for, lambda: setattr(fake, "gone", True), fake.exited.set]]
-    with pytest.raises(signals.FAIL, match="exited with code 3"):
-        wait(fake)
-
-
-@pytest.mark.parametrize("end", [[b""], [break_off]], ids=["ends", "breaks"])
-def test_after_a_stream_that_breaks_new_output_is_read(
-    fake: FakeDocker, caplog: pytest.LogCaptureFixture, end: list[Any]
-) -> None:
-    """No clock, this machine's or the daemon's, decides what is read: nothing comes twice."""
-    fake.exited.clear()
-    fake.streams = [[frame(1, b"one\n"), *end], [frame(1, b"two\n"), fake.exited.set]]
-    assert wait(fake)["StatusCode"] == 0
-    assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one", "two"]
-    assert "lines may be missing" in warning(caplog)
-    first, second = fake.asked("GET /containers/logs")
-    assert (first["tail"], second["tail"]) == ("all", "0")
-    assert not {"since", "until"} & {*first, *second}
-
-
-def test_a_stream_that_breaks_after_the_exit(
-    fake: FakeDocker, caplog: pytest.LogCaptureFixture
-) -> None:
-    """There is no new output then, so it is not read again."""
-    fake.streams = [[frame(1, b"one\n"), break_off]] * 3
-    assert wait(fake)["StatusCode"] == 0
-    assert [line for line in lines(caplog) if not line.startswith("Container")] == ["one"]
-    assert "lines may be missing" in warning(caplog)
-    assert len(fake.asked("GET /containers/logs")) == 1
-
-
-@pytest.mark.parametrize("drips", [False, True], ids=["stalls", "drips"])
-def test_getting_the_logs_is_bounded_in_time(
-    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, drips: bool
-) -> None:
-    monkeypatch.setattr("flows.output.READ_SECONDS", 0.3)
-    monkeypatch.setattr("flows.tasks.READ_SECONDS", 0.3)
-    pause = fake.closing.wait if not drips else lambda: fake.closing.wait(0.05)
-    fake.end = (item for _ in range(100) for item in (frame(1, b"one\n"), pause))
-    started = time.monotonic()
-    with pytest.raises(signals.SKIP, match=r"No logs: .*(timed out|did not end)"):
-        GetContainerLogs(docker_server_url=fake.url).run(container_id=ID)
-    assert time.monotonic() - started < 3
-
-
-@pytest.mark.parametrize(
-    "says", ["output could not be read: Error grabbing logs", "Docker did not end the output"]
-)
-def test_output_that_does_not_end_well(
-    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, says: str
-) -> None:
-    """The run ends all the same, when the container has exited."""
-    monkeypatch.setattr("flows.output.OUTPUT_GRACE_SECONDS", 0.2)
-    fake.streams = [
-        [
-            frame(1, b"one\n"),
-            frame(3, b"Error grabbing logs\n") if "read" in says else fake.closing.wait,
-        ]
-    ]
-    started = time.monotonic()
-    assert wait(fake)["StatusCode"] == 0
-    assert time.monotonic() - started < 3
-    assert "one" in lines(caplog)
-    assert says in warning(caplog)
-
-
-def test_a_wait_that_fails_stops_the_container(fake: FakeDocker) -> None:
-    """Else the container would run on, whatever its time limit."""
-    fake.exited.clear()
-    fake.streams = [[frame(1, b"up\n"), fake.closing.wait]]
-    with pytest.raises(signals.FAIL, match="timed out"):
-        wait(fake, extra_docker_kwargs={"timeout": 0.3}, time_limit=60)
-    assert fake.asked("POST /containers/stop")
 
 
 # -------------------------------------------------------------------------------------------- arguments
