@@ -180,6 +180,9 @@ PRIVILEGED = {"privileged": True}
 ADDED = {"capabilities": {"add": ["SYS_ADMIN"]}}
 STORE = "/var/lib/docker-sidecar"
 
+SECOND_STORE = f"{STORE}-second"
+NEXT_DAEMON = "docker:next-dind"
+
 # A pod, and the answer to the Job controller and to a run that has it as its own template. The
 # developer and the Agent may create none of them.
 PODS_TRIED = {
@@ -202,6 +205,8 @@ PODS_TRIED = {
     "a folder above the store": (with_folder("/var/lib", "dind-daemon"), FOLDER),
     "a folder in the store": (with_folder(f"{STORE}/0", "dind-daemon"), FOLDER),
     "the store, in the daemon": (with_folder(STORE, "dind-daemon"), ADMITTED),
+    "the second store, in the daemon": (with_folder(SECOND_STORE, "dind-daemon"), ADMITTED),
+    "the next image of the daemon": (template(daemon={"image": NEXT_DAEMON}), ADMITTED),
     "the store, in the flow": (with_folder(STORE, "flow-container"), MOUNT),
     "the node's network": (pod(hostNetwork=True), NODE),
     "the node's processes": (pod(hostPID=True), NODE),
@@ -370,6 +375,8 @@ def applied(folder: Path, namespace: str, *components: str) -> Iterator[Place]:
         "namespace": namespace,
         "label": namespace,
         "agentImage": "registry.invalid/none:1",  # this Agent is not to run
+        "daemonImages": f"{DAEMON} {NEXT_DAEMON}",
+        "stores": f"{STORE} {SECOND_STORE}",
     }
     copy_of_deploy(folder, settings, *components)
     runtime_class_is_there_already(folder)

@@ -83,6 +83,26 @@ def cluster_scoped() -> set[str]:
     return set(shell(f"kubectl get {CLUSTER_SCOPED} --output name").split())
 
 
+def test_each_setting_arrives(engine: docker.DockerClient, tmp_path: Path) -> None:
+    settings = {
+        "namespace": "a-namespace",
+        "api": "http://an-api:1",
+        "label": "a-label",
+        "agentImage": "an/agent:1",
+        "daemonImages": "a/daemon:1 a/daemon:2",
+        "stores": "/a/store /another/store",
+        "podNetwork": "10.1.0.0/16",
+        "serviceNetwork": "10.2.0.0/16",
+    }
+    components = ["gvisor", "node-pool", "mirror", "renew-login", "one-template"]
+    copy_of_deploy(tmp_path, settings, *components)
+    applied = shell("kubectl apply -k deploy --dry-run=client --output json", tmp_path)
+    missing = [value for value in settings.values() if value not in applied]
+    assert missing == []
+    without_prose = applied.replace("the flows", "").replace("flows.", "")
+    assert re.findall(r'": "flows|-flows|your-server', without_prose) == []
+
+
 def test_a_run_of_each_template_and_nothing_stays(
     api: PrefectAPI,
     tmp_path: Path,
