@@ -135,7 +135,7 @@ def test_the_exit_code_is_the_cause(flow_run: RunFlow) -> None:
 def test_the_memory_limit_is_the_cause(flow_run: RunFlow) -> None:
     eat = "sh -c 'x=eight888; while :; do x=$x$x; done'"
     run = flow_run(command=eat, host_config={"mem_limit": "16m"})
-    assert_failed_once(run, r"Exited with code 137,.*\(OOMKilled\)")
+    assert_failed_once(run, r"^Exited with code 137 \(OOMKilled\): .* exceeded its memory limit$")
 
 
 def test_a_restart_policy_is_refused(flow_run: RunFlow) -> None:

@@ -77,7 +77,9 @@ def test_a_bar_is_shown_while_its_line_has_not_ended(
 ) -> None:
     """Docker's logs have nothing of it yet."""
     bars.attached = [frame(2, b"\r 1%\r 10%"), frame(1, b"no bar"), bars.exited.wait]
-    run(bars, lambda: wait_for(lambda: " 10%" in caplog.messages, "it is shown"))
+    shown = lambda: wait_for(lambda: " 10%" in caplog.messages, "it is shown")  # noqa: E731
+    some_looks_later = lambda: bars.closing.wait(0.5)  # noqa: E731
+    run(bars, shown, some_looks_later)
     assert [message for message in caplog.messages if "%" in message] == [" 10%"]
     assert "no bar" not in caplog.messages
 
