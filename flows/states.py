@@ -1,115 +1,213 @@
-"""How a run and its tasks end: triggers and state handlers, which tell the cause of a failure once."""
+"""How a run begins and ends, and its tasks: triggers and state handlers."""
 
-import multiprocessing
-import os
-import signal
-import threading
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import prefect
+from prefect.core.parameter import Parameter
 from prefect.engine import signals
-from prefect.engine.state import Cancelled, Cancelling, Failed, Mapped, Pending, Queued, State
+from prefect.engine.state import (
+    Cancelled,
+    Cancelling,
+    Failed,
+    Mapped,
+    Pending,
+    Queued,
+    Resume,
+    Scheduled,
+    Skipped,
+    State,
+    TriggerFailed,
+)
+from prefect.tasks.docker import CreateContainer, PullImage
 
+from flows import runs
 from flows.daemon import abbreviated
+from flows.runs import SIGTERM_CAUSE as SIGTERM_CAUSE
+from flows.runs import Run, RunClient
 
-SIGTERM_CAUSE = "The flow's process got SIGTERM: pod deleted or evicted, node drained, or activeDeadlineSeconds passed"
-LOST = "The run's pod was lost, and nobody knows what its container has done. Restart the run to run all tasks again"
+LOST = (
+    "The run's pod was lost, and nobody knows what its container has done. "
+    "Restart the run to run all tasks again"
+)
+REQUESTS_SECONDS = 8  # how long reading and taking a run may last
+CLAIM_SECONDS = 10  # after so long nobody can take a run who has read it before it was taken
+_START_NO_CONTAINER = (Parameter, PullImage, CreateContainer)
 
 
 def all_successful_or_first_failure(upstream_states: Mapping[Any, State]) -> bool:
-    """Trigger: run if all upstream tasks succeeded. Otherwise fail with the first failure's message."""
+    """Trigger: run if all upstream tasks succeeded; else fail with the first failure's message."""
     for upstream in upstream_states.values():
-        for state in upstream.map_states if isinstance(upstream, Mapped) else [upstream]:
+        states = upstream.map_states if isinstance(upstream, Mapped) else [upstream]
+        for state in states:
             if not state.is_successful():
                 raise signals.TRIGGERFAIL(state.message)
     return True
 
 
 def fail_with_cause(flow: prefect.Flow, state: State, reference_states: set[State]) -> State | None:
-    """Terminal state handler: a failed run's message is its cause, not "some reference tasks failed"."""
-    causes = sorted(
-        {str(reference.message) for reference in reference_states if reference.is_failed()}
-    )
-    return (
-        Failed(abbreviated("; ".join(causes), 1000), result=state.result)
-        if state.is_failed()
-        else None
-    )
+    """Terminal state handler: the message of a failed run is its cause."""
+    if not state.is_failed():
+        return None
+    causes = {str(reference.message) for reference in reference_states if reference.is_failed()}
+    return Failed(abbreviated("; ".join(sorted(causes)), 1000), result=state.result)
 
 
 def handle_pod_lifecycle(flow: prefect.Flow, old: State, new: State) -> State | None:
-    """State handler of the flow, whose containers end with its pod.
+    """State handler of the flow, whose containers end with its process.
 
-    SIGTERM, which ends a pod, stops the container and makes the run Failed. In a restarted run all tasks run again,
-    also those that had succeeded. A run that Prefect Server's Lazarus reschedules, because its pod was lost, is Failed.
+    A run has one process: all others leave it alone. SIGTERM stops the run's containers and makes
+    it Failed. In a restarted run all tasks run again, also those that had succeeded. A run that
+    Prefect Server's Lazarus reschedules is Failed if its lost pod may have started a container.
     """
-    in_pod, handler = prefect.context.get("running_with_backend"), signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():
-        if (
-            new.is_running() and handler == signal.SIG_DFL
-        ):  # a program that has a handler of its own keeps it
-            signal.signal(signal.SIGTERM, _end_run)
-        elif (
-            new.is_finished() and handler is _end_run
-        ):  # in a pod the process has to report the state before it ends
-            signal.signal(signal.SIGTERM, signal.SIG_IGN if in_pod else signal.SIG_DFL)
-    if not in_pod or not new.is_running():
+    if new.is_finished():
+        _end_run(old)
+    if not new.is_running():
         return None
-    client, run_id = prefect.Client(), prefect.context.flow_run_id
-    tasks = _task_states(client, run_id)
-    begun = any(state.is_finished() for state in tasks.values())
-    if begun and "Lazarus" in (old.message or ""):
-        new = Failed(LOST)
-    elif begun:
-        prefect.context.logger.info(
-            "The run was restarted and has a new Docker daemon: all tasks run again"
-        )
-        for task_run_id in tasks:
-            client.set_task_run_state(task_run_id, Pending("The run was restarted"))
-        new = Queued(
-            "The run was restarted", state=old
-        )  # Prefect then reads the tasks' states again, and goes on
-    current = client.get_flow_run_state(run_id)  # the run may have been cancelled meanwhile
-    return current if current.is_finished() else new
+    urls = {task.docker_server_url for task in flow.tasks if hasattr(task, "docker_server_url")}
+    run = runs.begin(prefect.context.flow_run_id, urls)
+    if not run.in_pod:
+        run.is_taken = True
+        return None
+    client = RunClient()
+    history = _take_run(client, run)
+    record = _read(client, run.id)
+    if _is_lost(flow, history, record):
+        return Failed(LOST)
+    if _is_restarted(record):
+        new = _restart(client, record, old)
+        record = _read(client, run.id)
+    else:
+        new = run.claim
+    return _cancelled(run, record.state) or new
 
 
-def _task_states(
-    client: prefect.Client, run_id: str
-) -> dict[str, State]:  # get_flow_run_info leaves mapped ones out
-    query = f'query {{ task_run(where: {{ flow_run_id: {{ _eq: "{run_id}" }} }}) {{ id serialized_state }} }}'
-    return {
-        run.id: State.deserialize(run.serialized_state)
-        for run in client.graphql(query).data.task_run
-    }
+def _leave(state: State, reason: str) -> signals.ENDRUN:
+    """The signal for a process to have no part in a run. Prefect's runner then writes no state."""
+    prefect.context.logger.info(f"This process does not run the flow: {reason}")
+    return signals.ENDRUN(state)
 
 
-def _end_run(number: int, _: object) -> None:
-    """Handle SIGTERM. Prefect's runners make no state of an interruption, so a thread does."""
-    in_pod = prefect.context.get("running_with_backend")
-    signal.signal(number, signal.SIG_IGN if in_pod else signal.SIG_DFL)  # one is enough
-    if in_pod:
-        threading.Thread(target=_report, args=[prefect.context.flow_run_id]).start()
-    for child in multiprocessing.active_children():  # of LocalDaskExecutor("processes")
-        threading.Timer(
-            1, child.terminate
-        ).start()  # later, because in a pod tini sends it SIGTERM as well
-    raise KeyboardInterrupt
+def _end_run(old: State) -> None:
+    """Note the end of the run. What was given up is not reported: it is another's, or gone."""
+    run = runs.finish()
+    if run is not None and run.is_given_up:
+        raise _leave(old, "it was given up")
 
 
-def _report(run_id: str) -> None:
-    client = prefect.Client()
-    state = client.get_flow_run_state(run_id)
-    if not state.is_finished():
-        end = Cancelled(state.message) if isinstance(state, Cancelling) else Failed(SIGTERM_CAUSE)
-        client.set_flow_run_state(run_id, end)
-        for task_run_id in [
-            key for key, task in _task_states(client, run_id).items() if not task.is_finished()
-        ]:
-            client.set_task_run_state(task_run_id, end)
+@dataclass
+class _TaskRun:
+    id: str
+    slug: str
+    state: State
 
 
-# A process that a task forks is ended by SIGTERM as usual.
-os.register_at_fork(
-    after_in_child=lambda: signal.getsignal(15) is _end_run and signal.signal(15, signal.SIG_DFL)
-)
+@dataclass
+class _Record:
+    """What the API has of a run: its states, the oldest first, and those of its tasks."""
+
+    state: State
+    history: list[State]
+    task_runs: list[_TaskRun]
+
+
+def _read(client: RunClient, run_id: str) -> _Record:
+    what = "states { timestamp serialized_state } task_runs { id serialized_state task { slug } }"
+    query = f'query {{ flow_run_by_pk(id: "{run_id}") {{ serialized_state {what} }} }}'
+    found = client.graphql(query).data.flow_run_by_pk
+    if found is None:
+        raise _leave(Pending(), "it was deleted")
+    entries = sorted(found.states, key=lambda entry: datetime.fromisoformat(entry.timestamp))
+    return _Record(
+        state=State.deserialize(found.serialized_state),
+        history=[State.deserialize(entry.serialized_state) for entry in entries],
+        task_runs=[
+            _TaskRun(each.id, each.task.slug, State.deserialize(each.serialized_state))
+            for each in found.task_runs
+        ],
+    )
+
+
+def _take_run(client: RunClient, run: Run) -> list[State]:
+    """Take a run for this process, or leave it to another one; return its states until then.
+
+    If another process may be on its way, this one writes its claim, waits, and looks whether the
+    claim stands. No two pass: who reads that a run is free writes within REQUESTS_SECONDS or leaves
+    it. So who overwrites a claim does it before that claim is looked at, and the first one leaves.
+    """
+    began = time.monotonic()
+    record = _read(client, run.id)
+    if record.state.is_running() or record.state.is_finished():
+        raise _leave(record.state, f"it is {type(record.state).__name__}")
+    if _processes_on_their_way(record.history) > 1:
+        client.set_flow_run_state(run.id, run.claim)
+        if time.monotonic() - began > REQUESTS_SECONDS:
+            raise _leave(record.state, "the API is too slow to tell which process has it")
+        time.sleep(CLAIM_SECONDS)
+        state = client.get_flow_run_state(run.id)
+        if not isinstance(state, Cancelling) and state.message != run.claim.message:
+            raise _leave(state, "another process has it")
+    run.is_taken = True
+    return record.history
+
+
+def _processes_on_their_way(history: list[State]) -> int:
+    """How many processes may be made for a run, and have not begun, this one among them."""
+    number = 0
+    for state in history:
+        if isinstance(state, Scheduled | Queued):
+            number += 1
+        elif number and (state.is_running() or state.message == LOST):
+            number -= 1
+    return number
+
+
+def _is_lost(flow: prefect.Flow, history: list[State], record: _Record) -> bool:
+    """Whether a process that was lost, since a person started the run, may have run a container."""
+    ran = False
+    is_rescheduled = False
+    for state in history:
+        if isinstance(state, Scheduled):
+            is_rescheduled = "Lazarus" in str(state.message)
+            ran = ran and is_rescheduled
+        ran = ran or state.is_running()
+    if not (ran and is_rescheduled):
+        return False
+    tasks = {slug: task for task, slug in flow.slugs.items()}
+    for task_run in record.task_runs:
+        has_run = task_run.state.is_running() or task_run.state.is_finished()
+        if isinstance(task_run.state, TriggerFailed | Skipped):
+            has_run = False
+        if has_run and not isinstance(tasks.get(task_run.slug), _START_NO_CONTAINER):
+            return True
+    return False
+
+
+def _is_restarted(record: _Record) -> bool:
+    """Whether tasks have run before. A resume after a pause is no restart."""
+    states = [task_run.state for task_run in record.task_runs]
+    if any(isinstance(getattr(state, "state", state), Resume) for state in states):
+        return False
+    return any(state.is_running() or state.is_finished() for state in states)
+
+
+def _restart(client: RunClient, record: _Record, old: State) -> Queued:
+    """Let all tasks run again: those that had succeeded have left nothing on the new daemon."""
+    prefect.context.logger.info(
+        "The run was restarted and has a new Docker daemon: all tasks run again"
+    )
+    for task_run in record.task_runs:
+        client.set_task_run_state(task_run.id, Pending("The run was restarted"))
+    return Queued("The run was restarted", state=old)  # Prefect reads the tasks' states again
+
+
+def _cancelled(run: Run, state: State) -> State | None:
+    """Leave a run that was cancelled, or taken, while this process was taking it."""
+    if isinstance(state, Cancelling):
+        return Cancelled(state.message)
+    if not run.is_ours(state):
+        raise _leave(state, f"it is {type(state).__name__}")
+    return None

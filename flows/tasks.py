@@ -31,17 +31,18 @@ from flows.daemon import (
 from flows.options import container_options, environment_strings, host_options
 from flows.output import OutputLog, newest_lines
 from flows.pull import Pull
+from flows.runs import LABEL as LABEL
+from flows.runs import STOP_GRACE_SECONDS as STOP_GRACE_SECONDS
+from flows.runs import end_if_taken
 from flows.states import all_successful_or_first_failure
 from flows.watch import OUTPUT_GRACE_SECONDS, Watch, read
 
 PULL_SILENCE_SECONDS = 600  # Docker unpacks a large layer in silence; a longer one fails the pull
 PROGRESS_SECONDS = 5  # how often a pull reports its progress
-STOP_GRACE_SECONDS = 5  # the time between SIGTERM and SIGKILL for a container that is stopped
 READ_SECONDS = 15  # how long GetContainerLogs may read, and how long it waits for each piece
 LOG_BYTES = 990_000  # of JSON that GetContainerLogs returns; Prefect Server takes 1 MB for a state
 LOG_LINES = 10_000  # the same, in lines
 WAITS_FOR_A_START = ("next-exit", "removed")  # conditions of Docker's wait
-LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
 LOCAL_DOCKER = "unix:///var/run/docker.sock"  # the default of Prefect's tasks
 
 
@@ -234,6 +235,7 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
             raise ValueError("StartContainer: container_id must be provided.")
         with docker_errors_as_failures("Starting the container", docker_server_url):
             client = connect(docker_server_url)
+            end_if_taken()
             call_sdk(client.start, container=container_id, **(extra_docker_kwargs or {}))
 
 

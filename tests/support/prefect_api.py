@@ -1,12 +1,13 @@
-"""A stand-in for the GraphQL API of Prefect Server 1.x, in memory, for the real client, CLI and Agent.
+"""A stand-in for the API of Prefect Server 1.x, in memory, for the real client, CLI and Agent.
 
-Prefect Server is five container images, and not every machine can pull them. This module answers what Prefect 1.4.1
-asks to register, run, watch, cancel and log flows. All else is an error to the client, and is kept in
-`PrefectAPI.errors` for the test to see.
+Prefect Server is five container images, and not every machine can pull them. This module answers
+what Prefect 1.4.1 asks to register, run, watch, cancel and log flows. All else is an error to the
+client, and is kept in `PrefectAPI.errors` for the test to see.
 
-It follows the server's rules (https://github.com/PrefectHQ/server, src/prefect_server/api), the few filters of
-Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that it is sent, and what Apollo and
-PostgreSQL refuse. Its services do their work when a test says so.
+It follows the server's rules (https://github.com/PrefectHQ/server, src/prefect_server/api), the few
+filters of Hasura (https://hasura.io/docs/1.0/graphql/core/queries/query-filters.html) that it is
+sent, and what Apollo and PostgreSQL refuse. Where it matters to a test or to a page, it was
+compared with the real server. Its services, and the buttons of the UI, act when a test says so.
 """
 
 import json
@@ -18,21 +19,24 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
 
 from graphql import build_schema, graphql_sync
-from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Scheduled, State
+from prefect.engine.state import Cancelled, Cancelling, Failed, Pending, Resume, Scheduled, State
 from prefect.utilities.graphql import decompress
 
-MUTATIONS = {  # by what they answer; what is in their inputs is said once, by the signatures in `Store`
+from tests.support.background_server import BackgroundServer, QuietHandler
+
+# By what they answer. What is in their inputs is said once, by the signatures in `Store`.
+MUTATIONS = {
     "project": "create_project",
     "flow": "create_flow_from_compressed_string",
     "flow_run": "create_flow_run cancel_flow_run",
     "task_run": "get_or_create_task_run_info",
     "set_states": "set_flow_run_states set_task_run_states",
-    "success": "register_tasks register_edges set_schedule_active update_flow_run_heartbeat write_run_logs",
+    "success": "register_tasks register_edges set_schedule_active"
+    " update_flow_run_heartbeat write_run_logs",
     "agent": "register_agent",
     "queue": "get_runs_in_queue",
 }
@@ -49,18 +53,21 @@ type Query {
 type agent { id: ID name: String labels: [String!] last_queried: DateTime }
 type tenant { id: ID name: String slug: String } type project { id: ID name: String }
 type flow {
-  id: ID name: String version: Int archived: Boolean settings: JSON core_version: String project: project
-  flow_group: flow_group serialized_flow: JSON storage: JSON run_config: JSON environment: JSON
+  id: ID name: String version: Int archived: Boolean settings: JSON core_version: String
+  project: project flow_group: flow_group serialized_flow: JSON storage: JSON
+  run_config: JSON environment: JSON
 }
 type flow_group { labels: [String!] }
 type flow_run {
   id: ID name: String flow_id: ID flow: flow updated: DateTime scheduled_start_time: DateTime
   labels: [String!] parameters: JSON context: JSON run_config: JSON
-  version: Int state: String serialized_state: JSON states: [state!]
+  version: Int state: String serialized_state: JSON states: [state!] times_resurrected: Int
   task_runs(where: JSON): [task_run!] logs(where: JSON, order_by: JSON): [log!]
 }
-type task_run { id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID version: Int
-  serialized_state: JSON }
+type task_run {
+  id: ID name: String task_id: ID task: task map_index: Int flow_run_id: ID version: Int
+  serialized_state: JSON
+}
 type task { id: ID slug: String } type state { timestamp: DateTime serialized_state: JSON }
 type log { timestamp: DateTime level: String message: String } type success { success: Boolean }
 type set_states { states: [set_state!] } type set_state { id: ID status: String message: String }
@@ -81,14 +88,24 @@ RESTARTED = [
     "TriggerFailed",
     "Cancelled",
 ]  # the tasks that the button of the UI resets
-LEVELS = ["NOTSET", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
+LEVELS = ["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"]
 BODY_LIMIT = 5 * 1024 * 1024  # bytes
+STATE_LIMIT = 1_000_000  # bytes of a state as JSON
+SUBMITTED_SECONDS = 30  # so long after a run was Submitted it cannot be Submitted again
+QUEUE_LENGTH = 25  # at most so many runs are given to an Agent at once
+QUEUE_WINDOW = 3 * QUEUE_LENGTH  # so many due runs are looked at, before their labels are
+RESURRECTIONS = 3  # so often Lazarus reschedules a run
+APOLLO_ERROR = "request to http://graphql:4201/graphql/ failed, reason: connect ECONNREFUSED"
 NUL_REFUSED = "unsupported Unicode escape sequence"
 NUL = re.compile(r"\0|(?<!\\)(?:\\\\)*\\u0000")  # as it is, or escaped in JSON
 
 
 class RefusedError(Exception):
     """The server's own "no" to a request that it understood: not kept in `PrefectAPI.errors`."""
+
+
+class BadRequestError(RefusedError):
+    """A "no" before anything is done, because of the type of an input: HTTP 400."""
 
 
 def resolve(source: Any, info: Any, **args: Any) -> Any:
@@ -160,14 +177,24 @@ def time_of(text: str | None) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def jsonb(value: Any) -> Any:
+    """A value as PostgreSQL gives it back: the keys of objects by their length, then by name."""
+    if isinstance(value, list):
+        return [jsonb(each) for each in value]
+    if isinstance(value, dict):
+        names = sorted(value, key=lambda name: (len(name), name))
+        return {name: jsonb(value[name]) for name in names}
+    return value
+
+
 @dataclass(eq=False)
 class Run:
-    """What flow runs and task runs share: a history, whose last entry is the state that the run is in."""
+    """What flow runs and task runs share: a history, whose last entry is the current state."""
 
     id: str = field(default_factory=new_id, init=False)
     states: list[SimpleNamespace] = field(default_factory=list, init=False, repr=False)
 
-    version = property(lambda self: len(self.states) - 1)  # a run begins as Pending with version 0
+    version = property(lambda self: len(self.states))
     state = property(lambda self: self.states[-1].state)
     message = property(lambda self: self.states[-1].message)
     serialized_state = property(lambda self: self.states[-1].serialized_state)
@@ -178,10 +205,8 @@ class Run:
         entry = SimpleNamespace(
             timestamp=time_of(None), state=type(state).__name__, message=state.message
         )
-        entry.start_time, entry.serialized_state = (
-            getattr(state, "start_time", None),
-            state.serialize(),
-        )
+        entry.start_time = getattr(state, "start_time", None)
+        entry.serialized_state = jsonb(state.serialize())
         self.states.append(entry)
 
 
@@ -205,6 +230,9 @@ class FlowRun(Run):
     context: dict[str, Any]
     run_config: dict[str, Any] | None
     scheduled_start_time: datetime
+    idempotency_key: str | None = None
+    times_resurrected: int = 0
+    submitted_at: datetime | None = None
     task_runs: list[TaskRun] = field(default_factory=list)
     logs: list[SimpleNamespace] = field(default_factory=list, repr=False)
     heartbeats: int = 0
@@ -213,7 +241,7 @@ class FlowRun(Run):
 
     @property
     def task_states(self) -> dict[str, str]:
-        """The state of each task by its slug; of the children of a mapped task by slug[0], slug[1], ..."""
+        """The state of each task by its slug; of mapped ones by slug[0], slug[1], ..."""
         return {
             r.task.slug + (f"[{r.map_index}]" if r.map_index >= 0 else ""): r.state
             for r in self.task_runs
@@ -248,6 +276,7 @@ class Store:
         self.agent: list[SimpleNamespace] = []
         self.flows: dict[str, SimpleNamespace] = {}
         self.flow_runs: dict[str, FlowRun] = {}
+        self.asking_agent_id: str | None = None  # from a header of the request
 
     flow = property(lambda self: list(self.flows.values()))
     flow_run = property(lambda self: list(self.flow_runs.values()))
@@ -277,7 +306,7 @@ class Store:
     def create_flow_from_compressed_string(
         self, serialized_flow: Any, project_id: str, idempotency_key: str | None = None, **_: Any
     ) -> Any:
-        """Add a version to the project's flow of this name, unless the last one came with the same key."""
+        """Add a version to the flow of this name, unless the last one came with the same key."""
         serialized_flow = decompress(serialized_flow)
         if NUL.search(json.dumps(serialized_flow)):
             raise RefusedError(NUL_REFUSED)
@@ -313,7 +342,7 @@ class Store:
         return flow
 
     def register_tasks(self, flow_id: str, serialized_tasks: list[dict[str, Any]]) -> Any:
-        """Add tasks to a flow: `Flow.register()` sends them apart from it, `prefect register` does not."""
+        """Add tasks to a flow, which `Flow.register()` sends apart from it."""
         flow = self._find(self.flow, flow_id, "Invalid flow ID")
         known, slugs = (
             {task.slug for task in flow.tasks},
@@ -330,7 +359,10 @@ class Store:
     set_schedule_active = register_edges = _ignore  # no answer depends on them
 
     def update_flow_run_heartbeat(self, flow_run_id: str) -> Any:
-        self._find(self.flow_run, flow_run_id, "Invalid flow run ID").heartbeats += 1
+        """Count a heartbeat. One of an unknown run is a success, too."""
+        check_ids(flow_run_id)
+        if flow_run_id in self.flow_runs:
+            self.flow_runs[flow_run_id].heartbeats += 1
         return self.success
 
     def create_flow_run(
@@ -345,19 +377,37 @@ class Store:
         flow = self._find(self.flow, flow_id, "Flow not found:")
         if flow.archived:
             raise RefusedError(f"Flow {flow_id} is archived.")
-        parameters, run_config = parameters or {}, run_config or flow.run_config or {}
-        if missing := {p["name"] for p in flow.parameters if p["required"]} - set(parameters):
-            raise RefusedError(f"Required parameters were not supplied: {missing}")
-        labels = sorted((run_config.get("labels") or []) if labels is None else labels)
-        name = more.get("flow_run_name") or f"{flow.name}-{len(self.flow_runs) + 1}"
-        context, start_time = more.get("context") or {}, time_of(more.get("scheduled_start_time"))
-        run = FlowRun(flow, name, labels, parameters, context, run_config or None, start_time)
-        run.enter(Pending("Flow run created"))
-        run.enter(Scheduled("Flow run scheduled.", start_time=start_time))
+        key = more.get("idempotency_key")
+        for known in self.flow_run:
+            if key and known.flow is flow and known.idempotency_key == key:
+                return known
+        run_config = run_config or flow.run_config or {}
+        if labels is None:
+            labels = run_config.get("labels") or []
+        run = FlowRun(
+            flow,
+            name=more.get("flow_run_name") or f"{flow.name}-{len(self.flow_runs) + 1}",
+            labels=sorted(labels),
+            parameters=jsonb(self._parameters(flow, parameters or {})),
+            context=jsonb(more.get("context") or {}),
+            run_config=jsonb(run_config) or None,
+            scheduled_start_time=time_of(more.get("scheduled_start_time")),
+            idempotency_key=key,
+        )
+        run.enter(Scheduled("Flow run scheduled.", start_time=run.scheduled_start_time))
         for task in flow.tasks:
             run.add_task_run(task)
         self.flow_runs[run.id] = run
         return run
+
+    def _parameters(self, flow: Any, given: dict[str, Any]) -> dict[str, Any]:
+        """What a run stores: also the flow's defaults, but not those that are false, 0 or empty."""
+        stored = {each["name"]: each["default"] for each in flow.parameters if each["default"]}
+        stored |= given
+        missing = {each["name"] for each in flow.parameters if each["required"]} - set(stored)
+        if missing:
+            raise RefusedError(f"Required parameters were not supplied: {missing}")
+        return stored
 
     def get_or_create_task_run_info(self, flow_run_id: str, task_id: str, map_index: int) -> Any:
         run = self._find(self.flow_run, flow_run_id, "Invalid flow run ID")
@@ -367,13 +417,13 @@ class Store:
         return run.add_task_run(self._find(run.flow.tasks, task_id, "Invalid task ID"), map_index)
 
     def set_flow_run_states(self, states: list[dict[str, Any]]) -> Any:
-        """Add a state to each run, or refuse to with the words that the Agent knows such a refusal by."""
+        """Add a state to each run, or refuse to in the words by which the Agent knows that."""
         done = []
         for item in states:
-            run_id, state = (
-                item.get("flow_run_id") or item["task_run_id"],
-                State.deserialize(item["state"]),
-            )
+            run_id = item.get("flow_run_id") or item["task_run_id"]
+            if len(json.dumps(item["state"])) > STATE_LIMIT:
+                raise RefusedError("State payload is too large.")
+            state = State.deserialize(item["state"])
             run = self._find(
                 [*self.flow_run, *self.task_run], run_id, "State update failed for run ID"
             )
@@ -381,16 +431,20 @@ class Store:
                 raise RefusedError(
                     f"State update failed for run ID {run_id}: its flow run is not running"
                 )
-            just_now = run.updated > time_of(None) - timedelta(seconds=30)
-            if state.is_submitted() and run.state == "Submitted" and just_now:
-                raise RefusedError(
-                    f"State update failed for run ID {run_id}: it has already been submitted"
-                )
+            if isinstance(run, FlowRun) and state.is_submitted():
+                self._lock_submitted(run)
             self.enter(run, state)
             done.append(SimpleNamespace(id=run_id, status="SUCCESS", message=None))
         return SimpleNamespace(states=done)
 
     set_task_run_states = set_flow_run_states
+
+    def _lock_submitted(self, run: FlowRun) -> None:
+        """Refuse a second Submitted soon after the first one, whatever came between."""
+        now = time_of(None)
+        if run.submitted_at and now - run.submitted_at < timedelta(seconds=SUBMITTED_SECONDS):
+            raise RefusedError("State update failed: this run has already been submitted.")
+        run.submitted_at = now
 
     def enter(self, run: Run, state: State) -> None:
         """Let a run enter a state, and the unfinished tasks of a cancelled run with it."""
@@ -402,7 +456,7 @@ class Store:
                 task_run.enter(state)
 
     def cancel_flow_run(self, flow_run_id: str) -> Any:
-        """Cancel a run; one that is running is told to (Cancelling), the rest is its CloudFlowRunner's."""
+        """Cancel a run. One that is running is Cancelling until its CloudFlowRunner ends it."""
         run = self._find(self.flow_run, flow_run_id, "Invalid flow run ID")
         state = State.deserialize(run.serialized_state)
         if not state.is_finished():
@@ -416,7 +470,7 @@ class Store:
             run = self._find(self.flow_run, log["flow_run_id"], "Invalid flow run ID")
             check_ids(log.get("task_run_id") or run.id)
             if log["level"] not in LEVELS:
-                raise RefusedError(f"invalid input value for enum log_level: {log['level']!r}")
+                raise BadRequestError(f"{log['level']!r} is no value of the enum log_level")
             time = time_of(log.get("timestamp"))
             run.logs.append(
                 SimpleNamespace(timestamp=time, level=log["level"], message=log.get("message"))
@@ -424,63 +478,75 @@ class Store:
         return self.success
 
     def register_agent(self, name: str, labels: list[str], **_: Any) -> Any:
-        self.agent.append(SimpleNamespace(id=new_id(), name=name, labels=labels, last_queried=None))
+        agent = SimpleNamespace(id=new_id(), name=name, labels=labels, last_queried=time_of(None))
+        self.agent.append(agent)
         return self.agent[-1]
 
     def get_runs_in_queue(self, before: str, labels: list[str], **_: Any) -> Any:
-        """The runs that are due, or running with a task due again, and that fit the agent's labels."""
+        """The runs that are due, or running with a task due again, and that fit the labels.
+
+        Only the oldest are looked at, whatever their labels.
+        """
+        for agent in self.agent:
+            if agent.id == self.asking_agent_id:
+                agent.last_queried = time_of(None)
         due = {"state": {"_in": SCHEDULED}, "state_start_time": {"_lte": before}}
-        runs = select(
-            self.flow_run, {"_or": [due, {"state": {"_eq": "Running"}, "task_runs": due}]}
-        )
-        # An agent with labels takes runs with some of these and no other; one without, runs without.
+        with_a_due_task = {"state": {"_eq": "Running"}, "task_runs": due}
+        runs = select(self.flow_run, {"_or": [due, with_a_due_task]})
+        runs.sort(key=lambda run: (run.state_start_time is None, run.state_start_time or before))
+        # An Agent with labels takes runs with some of these and no other; one without takes
+        # those without.
         fit = [
             run.id
-            for run in runs
+            for run in runs[:QUEUE_WINDOW]
             if set(run.labels) <= set(labels) and bool(run.labels) == bool(labels)
         ]
-        return SimpleNamespace(flow_run_ids=fit[:25])
+        return SimpleNamespace(flow_run_ids=fit[:QUEUE_LENGTH])
 
 
-class PrefectAPI(ThreadingHTTPServer):
-    """Serves a `Store` over HTTP as long as the `with` statement lasts. Pods have to reach `host` as well."""
+class PrefectAPI(BackgroundServer):
+    """Serves a `Store` over HTTP as long as the `with` statement lasts.
+
+    Pods have to reach `host` as well.
+    """
 
     def __init__(self, host: str = "127.0.0.1") -> None:
         super().__init__((host, 0), _Handler)
         self.url = f"http://{host}:{self.server_port}"
-        self.env = {  # points the CLI, an agent or `prefect execute flow-run` here, whatever the user has set up
+        # points the CLI, an Agent or `prefect execute flow-run` here, whatever the user has set up
+        self.env = {
             "PREFECT__BACKEND": "server",
             "PREFECT__CLOUD__API": self.url,
             "PREFECT__CLOUD__API_KEY": "",
             "PREFECT__USER_CONFIG_PATH": os.devnull,
             "PREFECT__BACKEND_CONFIG_PATH": os.devnull,
         }
-        self.errors: list[
-            str
-        ] = []  # what was asked for and is not understood: a test wants this empty
+        self.errors: list[str] = []  # what is not understood: a test wants this empty
+        self.is_broken = False  # behind Apollo, which answers 200 with errors then
+        self.requests = 0
         self._store = Store()
         self.flows = self._store.flows
         self.flow_runs = self._store.flow_runs
         self._lock = threading.Lock()  # requests are answered one at a time
 
-    def __enter__(self) -> "PrefectAPI":
-        threading.Thread(
-            target=self.serve_forever, args=[0.02], daemon=True
-        ).start()  # so long shutdown() may take
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.shutdown()
-        self.server_close()
-
     def create_flow_run(self, flow_id: str, **input: Any) -> str:
-        """Create a run as the mutation of that name does, with its other arguments; returns the run's id."""
+        """Create a run as the mutation of that name does; returns the run's id."""
         with self._lock:
             return str(self._store.create_flow_run(flow_id, **input).id)
 
     def cancel(self, flow_run_id: str) -> None:
         with self._lock:
             self._store.cancel_flow_run(flow_run_id)
+
+    def delete(self, flow_run_id: str) -> None:
+        """Delete a run, as the UI does."""
+        with self._lock:
+            del self.flow_runs[flow_run_id]
+
+    def set_state(self, flow_run_id: str, state: State) -> None:
+        """Set the state of a run, as the UI's Set State does."""
+        with self._lock:
+            self._store.enter(self.flow_runs[flow_run_id], state)
 
     def restart(self, flow_run_id: str) -> None:
         """Restart a run as the UI's button does. Tasks that had succeeded stay as they are."""
@@ -491,53 +557,67 @@ class PrefectAPI(ThreadingHTTPServer):
                     task_run.enter(Pending("Task run restarted"))
             run.enter(Scheduled("Flow run restarted"))
 
+    def resume(self, flow_run_id: str) -> None:
+        """Resume the paused tasks of a run, as the UI does."""
+        with self._lock:
+            for task_run in self.flow_runs[flow_run_id].task_runs:
+                if task_run.state == "Paused":
+                    task_run.enter(Resume("Task run resumed"))
+
     def lose_heartbeats(self, flow_run_id: str) -> None:
-        """Do what the zombie killer, to tasks without retries, and Lazarus do if no heartbeat came for 10 minutes."""
+        """Do what Prefect Server does if no heartbeat came for ten minutes.
+
+        The zombie killer fails the tasks that are running, if they have no retries. Lazarus
+        reschedules the run, if no task is running or waiting.
+        """
         with self._lock:
             run = self.flow_runs[flow_run_id]
             for task_run in run.task_runs:
                 if task_run.state == "Running":
-                    task_run.enter(
-                        Failed(
-                            "No heartbeat detected from the remote task; marking the run as failed."
-                        )
-                    )
+                    task_run.enter(Failed("No heartbeat detected from the remote task"))
             waiting = {task_run.state for task_run in run.task_runs} & {*SCHEDULED}
-            if run.state in ("Submitted", "Running") and not waiting:
-                run.enter(Scheduled("Rescheduled by a Lazarus process."))
+            if run.state not in ("Submitted", "Running") or waiting:
+                return
+            if run.times_resurrected == RESURRECTIONS:
+                run.enter(Failed("A Lazarus process attempted to reschedule this run 3 times"))
+                return
+            run.enter(Scheduled("Rescheduled by a Lazarus process."))
+            run.times_resurrected += 1
 
     def answer(self, request: dict[str, Any], agent_id: str | None) -> tuple[int, Any]:
-        """The HTTP status and body for a request: 400, as from Apollo, if it could not even be executed."""
+        """The HTTP status and body for a request: 400 if it could not even be executed."""
+        if self.is_broken:
+            return 200, {"data": None, "errors": [{"message": APOLLO_ERROR}]}
         variables = request.get("variables") or "{}"
         if not isinstance(variables, str):  # the client sends JSON within JSON
             variables = json.dumps(variables)
         if NUL.search(request["query"] + variables):
             return 200, {"data": None, "errors": [{"message": NUL_REFUSED}]}
         with self._lock:
-            for agent in self._store.agent:
-                agent.last_queried = time_of(None) if agent.id == agent_id else agent.last_queried
+            self.requests += 1
+            self._store.asking_agent_id = agent_id
             result = graphql_sync(
                 SCHEMA, request["query"], self._store, None, json.loads(variables), None, resolve
             )
-            for error in result.errors or []:
-                if not isinstance(error.original_error, RefusedError):
-                    self.errors.append(f"{error.message} in {request}")
-        return 400 if result.data is None else 200, result.formatted
+        causes = [error.original_error for error in result.errors or []]
+        for error, cause in zip(result.errors or [], causes):
+            if not isinstance(cause, RefusedError):
+                self.errors.append(f"{error.message} in {request}")
+        is_bad = result.data is None or any(isinstance(cause, BadRequestError) for cause in causes)
+        return (400 if is_bad else 200), result.formatted
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(QuietHandler):
     server: PrefectAPI
 
     def do_POST(self) -> None:
-        body, status, answer = self.rfile.read(int(self.headers["Content-Length"])), 413, None
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        status = 413
+        answer = None
         if len(body) <= BODY_LIMIT:
-            status, answer = self.server.answer(
-                json.loads(body), self.headers["X-PREFECT-AGENT-ID"]
-            )
+            agent_id = self.headers["X-PREFECT-AGENT-ID"]
+            status, answer = self.server.answer(json.loads(body), agent_id)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(json.dumps(answer, default=datetime.isoformat).encode())
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass

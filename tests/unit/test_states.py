@@ -260,7 +260,7 @@ def test_sigterm_during_a_task(
         f"from flows.docker_sidecar import flow\nflow.executor = LocalDaskExecutor('{executor}')"
     )
     asked = "POST /containers/wait" if waits else "POST /images/create"
-    wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run)
+    wait_for(lambda: fake.asked(asked), f"{task_name} runs", lambda: run, 60)
     process.terminate()
 
     def is_reported() -> bool:
