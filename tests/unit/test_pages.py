@@ -204,7 +204,6 @@ def messages() -> list[str]:
 
 
 PENDING = {  # of changes to flows/ that are on their way
-    "This process does not run the flow: …",
     "… did not answer within … s",
     "… is a broken login: auth is not the base64 of USER:PASSWORD",
     "… is no valid Docker configuration, and is not used",
