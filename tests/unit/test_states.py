@@ -178,6 +178,47 @@ def test_a_run_whose_pod_was_lost_does_not_run_its_container_again(
     assert run.state == "Success", str(run)
 
 
+def test_a_process_that_finds_the_run_running_leaves_it_alone(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI
+) -> None:
+    run = submitted(flow, api, image="app:1")
+    Client().set_flow_run_state(run.id, Running("Running in another pod"))
+    states_before = len(run.states)
+    execute(flow, run, fake)
+    assert len(run.states) == states_before, str(run)
+    assert set(run.task_states.values()) == {"Pending"}
+    assert fake.requests == []
+
+
+def test_a_restarted_run_that_lazarus_reschedules_runs(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had waited for a node, so nothing has run since the restart."""
+    monkeypatch.setattr("flows.states.CLAIM_SECONDS", 0.1)
+    run = submitted(flow, api, image="app:1")
+    fake.result = {"StatusCode": 3}
+    execute(flow, run, fake)
+    assert run.state == "Failed", str(run)
+    api.restart(run.id)
+    Client().set_flow_run_state(run.id, Submitted())
+    api.lose_heartbeats(run.id)
+    with FakeDocker() as second:
+        execute(flow, run, second)
+    assert run.state == "Success", str(run)
+
+
+def test_a_run_whose_pod_was_lost_during_the_pull_runs_its_container(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI
+) -> None:
+    run = submitted(flow, api, image="app:1")
+    Client().set_flow_run_state(run.id, Running())
+    [pull] = [each for each in run.task_runs if each.task.slug == "PullImage-1"]
+    Client().set_task_run_state(pull.id, Running())
+    api.lose_heartbeats(run.id)
+    execute(flow, run, fake)
+    assert run.state == "Success", str(run)
+
+
 def test_a_run_whose_pod_never_came_is_started_by_lazarus(
     flow: Flow, fake: FakeDocker, api: PrefectAPI
 ) -> None:
