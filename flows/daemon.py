@@ -1,68 +1,64 @@
-"""The Docker daemon that the tasks talk to: the connection, Docker's configuration, and what errors mean."""
+"""The Docker daemon that the tasks talk to: the connection, and what its errors mean."""
 
-import base64
-import json
 import os
 import re
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import docker.auth
 import docker.utils
 import requests
 import urllib3
-from docker.errors import (
-    APIError,
-    DockerException,
-    InvalidArgument,
-    InvalidConfigFile,
-    TLSParameterError,
-)
-from docker.utils.config import find_config_file
+from docker.errors import APIError, DockerException, InvalidArgument, TLSParameterError
 from prefect.engine import signals
 
+from flows.docker_config import read_config
+from flows.messages import abbreviated, without_passwords
+
 DAEMON_SECONDS = 60  # how long PullImage waits for the Docker daemon to answer
-warnings.filterwarnings(
-    "ignore", module="docker.credentials"
-)  # of a helper that is missing: it is an error as well
 ERRORS = (DockerException, OSError, urllib3.exceptions.HTTPError)
 T = TypeVar("T")
 
 
 def unavailable(error: BaseException) -> bool:
-    """Whether the daemon may only be late: nothing answers, a proxy answers with a 5xx, or certificates are missing."""
-    cause = (isinstance(error, DockerException) and error.__cause__) or error
-    answered = isinstance(error, APIError) or (
-        isinstance(cause, APIError) and cause.is_client_error()
-    )
-    return not answered and isinstance(
-        cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError)
-    )
+    """Whether the daemon may only be late.
+
+    Nothing answers, a proxy answers with a 5xx, or the certificates are not there yet.
+    """
+    if isinstance(error, APIError):
+        return False
+    cause = error
+    if isinstance(error, DockerException) and error.__cause__:
+        cause = error.__cause__  # the SDK's constructor wraps what went wrong
+    if isinstance(cause, APIError):
+        return not cause.is_client_error()
+    if isinstance(cause, requests.RequestException) and isinstance(cause, ValueError):
+        return False  # an address, a header or an answer that will be no better later
+    return isinstance(cause, (OSError, urllib3.exceptions.HTTPError, TLSParameterError))
 
 
 def error_message(error: Exception, docker_server_url: str) -> str:
-    """Docker's own words, or why the daemon does not answer."""
-    if not unavailable(error):
-        return str(getattr(error, "explanation", None) or error)
-    reason = re.sub(
-        r".*(\[Errno -?\d+\] |Error\(\d+, ')|\)?['\"][)'\"]*$", "", str(error.__cause__ or error)
-    )
-    return f"the Docker daemon at {docker_server_url} does not answer ({reason})"
+    """Docker's own words, or why the daemon does not answer. Without a password in an address."""
+    if unavailable(error):
+        root = _root_cause(error)
+        reason = getattr(root, "strerror", None) or root
+        message = f"the Docker daemon at {docker_server_url} does not answer ({reason})"
+    else:
+        message = str(getattr(error, "explanation", None) or error)
+    return without_passwords(message)
 
 
-def abbreviated(text: str, length: int = 80) -> str:
-    """A text that is short enough for a message: its start and its end. PostgreSQL, as Prefect's store, refuses NUL."""
-    text, half = text.replace("\0", "\ufffd"), length // 2
-    return (
-        text
-        if len(text) <= length
-        else f"{text[:half]}… ({len(text):,} characters) …{text[-half:]}"
-    )
+def _root_cause(error: BaseException) -> BaseException:
+    """An error without what requests and urllib3 wrap around it."""
+    while True:
+        inner = error.__cause__
+        if inner is None and not error.__suppress_context__:
+            inner = error.__context__
+        if inner is None:
+            return error
+        error = inner
 
 
 def failure(message: str) -> signals.FAIL:
@@ -82,101 +78,94 @@ def docker_errors_as_failures(what: str, docker_server_url: str) -> Iterator[Non
 def call_sdk(method: Callable[..., T], *args: Any, **options: Any) -> T:
     """Call a method of the Docker SDK with options that a user gave.
 
-    Raises InvalidArgument if the SDK cannot use the options, and what the method raises.
+    Raises InvalidArgument if the SDK cannot use the options, and what the method raises. The
+    message has no value.
     """
     try:
         return method(*args, **options)
     except ERRORS:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError) as error:  # these name types and options
         raise InvalidArgument(str(error)) from None
-
-
-def load_config() -> tuple[dict[str, Any], list[str]]:
-    """Docker's configuration, with its logins as kubelet and the Docker CLI read them, and what is wrong with it."""
-    path, faults = find_config_file(), []
-    try:
-        config = json.loads(Path(str(path)).read_text()) if path else {}
-        logins = dict(config.get("auths") or {})
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        config, logins, faults = (
-            {},
-            {"": {}},
-            [f"{path!r} is no valid Docker configuration ({error})"],
-        )
-    for registry, login in logins.items():
-        try:
-            name, password, auth = (
-                login.get(key) or "" for key in ("username", "password", "auth")
-            )
-            if auth or name:
-                auth = auth or base64.b64encode(f"{name}:{password}".encode()).decode()
-                logins[registry] = {
-                    **login,
-                    "auth": auth + "===",
-                }  # padded, or more than that, which is no matter
-            docker.auth.AuthConfig.parse_auth({registry: logins[registry]}, raise_on_error=True)
-        except (AttributeError, InvalidConfigFile, TypeError, ValueError):
-            logins[registry] = {}
-            faults.append(f"the login for {registry!r} in {path!r} is broken, and is left out")
-    return {**config, "auths": logins} if logins else config, faults
-
-
-docker.utils.config.load_general_config = lambda config_path=None: load_config()[
-    0
-]  # the SDK's fails on one bad login
-
-
-def registry_login(repository: str) -> tuple[dict[str, Any], str]:
-    """The login that Docker's configuration has for an image's registry, if any, and what is wrong with it."""
-    (config, faults), login = load_config(), None
-    try:
-        registry, _ = docker.auth.resolve_repository_name(repository)
-        login = docker.auth.load_config(config_dict=config).resolve_authconfig(registry)
-    except Exception as error:  # of many types
-        faults.append(
-            f"no login was sent: {abbreviated(str(error), 200)}, see {find_config_file()!r}"
-        )
-    return login or {}, "; ".join(faults)
+    except ValueError:
+        raise InvalidArgument("an option has a value that the Docker SDK refuses") from None
 
 
 def bypass_proxy(docker_server_url: str) -> None:
-    """Never ask a proxy for a daemon on this machine: add its host to the variable that requests reads."""
+    """Never ask a proxy for a daemon on this machine.
+
+    Its host is added to the variable that requests reads.
+    """
     address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
     host = address.hostname or "localhost"  # a socket has none
-    local = re.match(r"(localhost|127\..*|::1|0\.0\.0\.0)$", host)
-    if local and requests.utils.get_environ_proxies(f"http://{address.netloc or host}"):
-        os.environ["no_proxy"] = (
-            f"{os.environ.get('no_proxy') or os.environ.get('NO_PROXY') or ''},{host}".lstrip(",")
-        )
+    if not re.fullmatch(r"localhost|127\..*|::1|0\.0\.0\.0", host):
+        return
+    if not requests.utils.get_environ_proxies(f"http://{address.netloc or host}"):
+        return
+    before = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    os.environ["no_proxy"] = f"{before},{host}" if before else host
+
+
+class _Client(docker.APIClient):
+    """A client with a configuration of ours in place of what Docker's config.json holds.
+
+    The SDK's client reads the file when it is made, and fails on one broken entry.
+    """
+
+    def __init__(self, content: dict[str, Any], **options: Any) -> None:
+        self._content = content
+        super().__init__(**options)
+
+    @property
+    def _general_configs(self) -> dict[str, Any]:
+        # without any login, the SDK would read the file again; and it takes logins out of this
+        return {**self._content, "auths": self._content.get("auths") or {"": {}}}
+
+    @_general_configs.setter
+    def _general_configs(self, written: dict[str, Any]) -> None:
+        """Leave out what the SDK has read."""
 
 
 def connect(docker_server_url: str) -> docker.APIClient:
-    """Connect to a Docker daemon, with the TLS settings of the environment if it is the one of DOCKER_HOST."""
+    """Connect to a Docker daemon.
+
+    The TLS settings of the environment are for the daemon of DOCKER_HOST. Raises a DockerException
+    if the daemon does not answer.
+    """
     bypass_proxy(docker_server_url)
-    tls: Any = (
-        docker.utils.kwargs_from_env() if docker_server_url == os.environ.get("DOCKER_HOST") else {}
-    )
-    return docker.APIClient(**{**tls, "base_url": docker_server_url, "version": "auto"})
+    options: dict[str, Any] = {}
+    if docker_server_url == os.environ.get("DOCKER_HOST"):
+        options.update(docker.utils.kwargs_from_env())
+    options["base_url"] = docker_server_url
+    options["version"] = "auto"
+    config = read_config()
+    if config.written == config.content or not config.path:
+        return docker.APIClient(**options)
+    return _Client(config.content, **options)
 
 
 def wait_for_daemon(docker_server_url: str, logger: Any) -> docker.APIClient:
-    """Connect to a Docker daemon that may be starting: wait up to DAEMON_SECONDS, and say so once."""
-    deadline = 0.0
+    """Connect to a Docker daemon that may be starting.
+
+    Waits up to DAEMON_SECONDS, and says so once. Raises a DockerException if the daemon does not
+    answer by then, or refuses.
+    """
+    try:
+        return connect(docker_server_url)
+    except DockerException as error:
+        if not unavailable(error):
+            raise
+    shown = without_passwords(docker_server_url)
+    logger.info(f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {shown}")
+    deadline = time.monotonic() + DAEMON_SECONDS
     while True:
+        time.sleep(0.1)
         try:
             return connect(docker_server_url)
         except DockerException as error:
             if not unavailable(error):
                 raise
-            if deadline and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 message = f"{error_message(error, docker_server_url)} after {DAEMON_SECONDS} s"
-                raise DockerException(
-                    f"{message}; see its log (in a pod: of the container dind-daemon)"
-                ) from None
-        if not deadline:
-            deadline = time.monotonic() + DAEMON_SECONDS
-            logger.info(
-                f"Waiting up to {DAEMON_SECONDS} s for the Docker daemon at {docker_server_url}"
-            )
-        time.sleep(0.1)
+                advice = "see its log (in a pod: of the container dind-daemon)"
+                raise DockerException(f"{message}; {advice}") from None

@@ -8,12 +8,12 @@ import os
 
 from prefect import Flow, Parameter
 from prefect.run_configs import KubernetesRun
-from prefect.storage import Docker
 from prefect.triggers import always_run
 
 from flows.parameters import fail_on_invalid_parameters
 from flows.settings import PROJECT, Settings
 from flows.states import fail_with_cause, handle_pod_lifecycle
+from flows.storage import Docker
 from flows.tasks import (
     CreateContainer,
     GetContainerLogs,
@@ -71,7 +71,8 @@ flow.run_config = KubernetesRun(
     job_template_path=settings.job_template_path,
     labels=settings.labels,
 )
-# The image holds this file and loads the flow from it, so its Python may differ from the one that registers.
+# The image holds this file and loads the flow from it, so its Python may differ from the one that
+# registers.
 flow.storage = Docker(
     registry_url=settings.registry_url,
     image_name=settings.image_name,

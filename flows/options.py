@@ -6,7 +6,6 @@ are read from the Docker SDK's own types; a list stands here only where the SDK 
 No message has a value, because values may be secrets.
 """
 
-import difflib
 import inspect
 import json
 import os
@@ -31,33 +30,7 @@ from docker.types import (
 )
 from docker.utils import convert_port_bindings, convert_volume_binds, parse_devices
 
-from flows.daemon import abbreviated
-
-
-def kind(value: Any) -> str:
-    """What a value is, in words that fit JSON, ``prefect run --param`` and Prefect's UI."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    if isinstance(value, str):
-        return "text"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, (list, tuple)):
-        return "a list"
-    return f"of type {type(value).__name__}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """What to write in place of an unknown name: the nearest one, or all if none is near."""
-    spellings = {_plain(each): each for each in known}
-    found = difflib.get_close_matches(_plain(name), spellings, n=1)
-    if found:
-        return f"did you mean {spellings[found[0]]}?"
-    return f"known: {', '.join(spellings.values())}"
+from flows.messages import abbreviated, kind, nearest, plain
 
 
 def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str, str | None]:
@@ -166,12 +139,19 @@ def container_options(given: Any) -> dict[str, Any]:
     return options
 
 
+def pull_options(given: Any) -> dict[str, Any]:
+    """Check ``extra_docker_kwargs`` of a pull, and return it as the SDK's ``pull()`` takes it."""
+    where = "extra_docker_kwargs"
+    options = _known(given, _parameters(docker.APIClient.pull), where)
+    for name in ("repository", "tag", "stream", "decode"):
+        if name in options:
+            raise InvalidArgument(f"{where}.{name}: PullImage sets it itself")
+    if options.get("auth_config") is not None:
+        options["auth_config"] = _known(options["auth_config"], _LOGIN, f"{where}.auth_config")
+    return options
+
+
 # ------------------------------------------------------------------------------ names and values
-
-
-def _plain(name: str) -> str:
-    """A name without what differs between spellings: read_only and ReadOnly are the same."""
-    return name.replace("_", "").replace("-", "").casefold()
 
 
 def _shown(name: Any) -> str:
@@ -183,10 +163,10 @@ def _known(given: Any, names: Iterable[str], where: str) -> dict[str, Any]:
     """A mapping whose names are all known, with each name in the known spelling."""
     if not isinstance(given, Mapping):
         raise InvalidArgument(f"{where} is {kind(given)}, not a mapping")
-    spellings = {_plain(name): name for name in names}
+    spellings = {plain(name): name for name in names}
     found: dict[str, Any] = {}
     for name, value in given.items():
-        spelling = spellings.get(_plain(str(name)))
+        spelling = spellings.get(plain(str(name)))
         if spelling is None:
             hint = nearest(str(name)[:80], spellings.values())
             raise InvalidArgument(f"{where} has the unknown name {_shown(name)}: {hint}")
@@ -439,6 +419,16 @@ def _words(given: Any, where: str) -> Any:
     return given
 
 
+# Source: https://docs.docker.com/reference/api/engine/#section/Authentication
+_LOGIN = (
+    "username",
+    "password",
+    "auth",
+    "email",
+    "serveraddress",
+    "identitytoken",
+    "registrytoken",
+)
 # What Docker takes no notice of, though the SDK has an option for it.
 _IGNORED = {
     "lxc_conf": "Docker has no LXC driver",

@@ -10,8 +10,8 @@ import prefect
 from docker.errors import InvalidArgument
 from prefect.engine.state import Failed, State
 
-from flows.daemon import abbreviated
-from flows.options import check_words, container_options, environment_strings, host_options, kind
+from flows.messages import abbreviated, kind
+from flows.options import check_words, container_options, environment_strings, host_options
 from flows.settings import IMAGE
 
 

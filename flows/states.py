@@ -25,7 +25,7 @@ from prefect.engine.state import (
 from prefect.tasks.docker import CreateContainer, PullImage
 
 from flows import runs
-from flows.daemon import abbreviated
+from flows.messages import abbreviated
 from flows.runs import SIGTERM_CAUSE as SIGTERM_CAUSE
 from flows.runs import Run, RunClient
 

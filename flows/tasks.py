@@ -20,7 +20,6 @@ from prefect.utilities.tasks import defaults_from_attrs
 
 from flows.daemon import (
     ERRORS,
-    abbreviated,
     call_sdk,
     connect,
     docker_errors_as_failures,
@@ -28,9 +27,16 @@ from flows.daemon import (
     failure,
     wait_for_daemon,
 )
-from flows.options import container_options, environment_strings, host_options
+from flows.docker_config import read_config, registry_login
+from flows.messages import abbreviated
+from flows.options import (
+    container_options,
+    environment_strings,
+    host_options,
+    pull_options,
+)
 from flows.output import OutputLog, newest_lines
-from flows.pull import Pull
+from flows.pull import NOT_HERE, Cause, Pull, cause_of, pull_signal, was_pulled
 from flows.runs import LABEL as LABEL
 from flows.runs import STOP_GRACE_SECONDS as STOP_GRACE_SECONDS
 from flows.runs import end_if_taken
@@ -98,24 +104,33 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             raise ValueError("PullImage: repository must be provided.")
         started = time.monotonic()
         image = _image_reference(repository, tag)
-        options = {"repository": repository, "tag": tag, **(extra_docker_kwargs or {})}
         with docker_errors_as_failures("Pulling the image", docker_server_url):
+            options = pull_options(extra_docker_kwargs or {})
+            config = read_config()
+            if options.get("auth_config") is None:
+                options["auth_config"] = registry_login(config, repository)
+            for fault in config.faults:
+                self.logger.warning(f"Pulling {image}: {fault}")
             client = wait_for_daemon(docker_server_url, self.logger)
         self.logger.info(f"Pulling {image}")
-        pull = Pull(client, options, self.logger if stream_logs else None)
+        pull = Pull(
+            client,
+            {"repository": repository, "tag": tag, **options},
+            self.logger if stream_logs else None,
+        )
         pull.start()
         self._log_progress(pull, image)
         if isinstance(pull.error, ERRORS):
-            reason = error_message(pull.error, docker_server_url)
-            if not self._is_on_daemon(client, image, options):
-                raise pull.signal(image, reason)
-            reason = abbreviated(reason, 300)
-            self.logger.warning(f"Pulling {image}: {reason}; the image on the daemon is used")
+            message = error_message(pull.error, docker_server_url)
+            cause = cause_of(pull.error, message)
+            if "platform" in options or not self._is_on_daemon(client, image, cause):
+                login_sent = bool(options["auth_config"])
+                raise pull_signal(image, message, cause, login_sent, config.faults)
+            message = abbreviated(message, 300)
+            self.logger.warning(f"Pulling {image}: {message}; the image on the daemon is used")
             return image
         if pull.error:
             raise pull.error
-        if pull.login_fault:
-            self.logger.warning(f"Pulling {image}: {pull.login_fault}")
         seconds = time.monotonic() - started
         self.logger.info(f"{pull.outcome or image} ({seconds:.1f} s)")
         return image
@@ -134,12 +149,16 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             self.logger.info(f"Pulling {image}: {progress}")
             pull.join(PROGRESS_SECONDS)
 
-    def _is_on_daemon(self, client: docker.APIClient, image: str, options: dict[str, Any]) -> bool:
-        """Whether the daemon has the image. Of which platform it is, is not known."""
-        if "platform" in options:
+    def _is_on_daemon(self, client: docker.APIClient, image: str, cause: Cause) -> bool:
+        """Whether the daemon has an image that may be used in place of the registry's.
+
+        That is so if the registry was not reached, or if the image was never pulled from it.
+        """
+        if cause.reached and cause.name not in NOT_HERE:
             return False
         with suppress(*ERRORS):
-            return bool(client.inspect_image(image))  # type: ignore[no-untyped-call]
+            found: dict[str, Any] = client.inspect_image(image)  # type: ignore[no-untyped-call]
+            return not cause.reached or not was_pulled(found, image)
         return False
 
 

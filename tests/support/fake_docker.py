@@ -40,6 +40,8 @@ class FakeDocker(BackgroundServer):
         self.refusal: tuple[str, int] | None = None
         # The images that the daemon has.
         self.images: set[str] = set()
+        # The names by digest that the daemon has for them.
+        self.digests: list[str] = []
         # The output: the first request that follows it gets the first stream, and so on.
         self.streams: list[Iterable[Item]] = [[]]
         # The end of the output, for those who do not follow it.
@@ -112,7 +114,7 @@ class _Handler(QuietHandler):
 
     def inspect_image(self, name: str) -> None:
         if name in self.server.images:
-            self.send_json({"Id": "1"})
+            self.send_json({"Id": "1", "RepoDigests": self.server.digests})
         else:
             self.send_json({"message": f"No such image: {name}"}, 404)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from flows.options import environment_strings, nearest
+from flows.messages import nearest
+from flows.options import environment_strings
 from flows.parameters import PARAMETERS, validate_parameters
 
 

@@ -130,6 +130,32 @@ def test_what_is_no_reference_of_an_image_is_refused(reference: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "registry_url"),
+    [
+        ("docker.io/team", "team"),
+        ("docker.io/team/", "team/"),
+        ("index.docker.io/team/", "team/"),
+        ("docker.io.example/team/", "docker.io.example/team/"),
+    ],
+)
+def test_docker_hub_by_its_short_name(value: str, registry_url: str) -> None:
+    """By the long one, Prefect does not find the image that an older engine has built."""
+    assert Settings.from_environ({"FLOW_REGISTRY_URL": value}).registry_url == registry_url
+
+
+@pytest.mark.parametrize("value", ["docker.io", "docker.io/", "registry-1.docker.io/"])
+def test_docker_hub_needs_an_account(value: str) -> None:
+    with pytest.raises(SettingsError, match=f"FLOW_REGISTRY_URL is '{value}'.*docker.io/ACCOUNT/"):
+        Settings.from_environ({"FLOW_REGISTRY_URL": value})
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    with pytest.raises(SettingsError) as error:
+        Settings.from_environ({"FLOW_REGISTRY_URL": "https://user:hunter2@registry.example/"})
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("value", "labels"),
     [("", set()), (" , ", set()), ("team-a", {"team-a"}), ("team-a, gpu ,", {"team-a", "gpu"})],
 )
