@@ -128,8 +128,8 @@ def container_options(given: Any) -> dict[str, Any]:
     for name, value in options.items():
         if name in ("image", "command", "environment", "host_config"):
             raise InvalidArgument(f"{where}.{name}: {name} is a parameter of its own")
-        if name == "runtime":
-            raise InvalidArgument(f"{where}.{name} has no effect: write it in host_config")
+        if name in _ELSEWHERE:
+            raise InvalidArgument(f"{where}.{name} has no effect: write it in {_ELSEWHERE[name]}")
         if value is not None and name in _NESTED:
             options[name] = _NESTED[name](value, f"{where}.{name}")
     in_request = _parameters(ContainerConfig)
@@ -434,6 +434,8 @@ _IGNORED = {
     "lxc_conf": "Docker has no LXC driver",
     "kernel_memory": "Docker no longer limits it",
 }
+# What Docker 29 takes no notice of, where the SDK writes it.
+_ELSEWHERE = {"mac_address": "networking_config", "runtime": "host_config"}
 _NESTED: dict[str, Callable[[Any, str], Any]] = {
     "binds": _binds,
     "blkio_weight_device": _weights,

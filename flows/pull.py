@@ -124,12 +124,25 @@ def cause_of(error: Exception, message: str) -> Cause:
 
 
 def was_pulled(image: dict[str, Any], name: str) -> bool:
-    """Whether an image of the daemon came from the registry of its name, by what Docker says."""
+    """Whether an image of the daemon came from the registry of its name, by what Docker says.
+
+    In containerd's store, every tag has a digest, and only the identity says where an image is
+    from. Without one, the image counts as made on the daemon.
+    """
     repository = name.partition("@")[0]
     if ":" in repository.rpartition("/")[2]:
         repository = repository.rpartition(":")[0]
-    digests = image.get("RepoDigests") or []
-    return any(digest.startswith(f"{repository}@") for digest in digests)
+    if image.get("Descriptor"):
+        pulls = (image.get("Identity") or {}).get("Pull") or []
+        sources = [str(pull.get("Repository")) for pull in pulls]
+    else:
+        sources = [digest.partition("@")[0] for digest in image.get("RepoDigests") or []]
+    return _short(repository) in [_short(source) for source in sources]
+
+
+def _short(repository: str) -> str:
+    """app in place of docker.io/library/app."""
+    return repository.removeprefix("docker.io/").removeprefix("library/")
 
 
 def pull_signal(

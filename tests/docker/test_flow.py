@@ -95,6 +95,17 @@ def test_dockers_other_options_take_effect(flow_run: RunFlow) -> None:
     assert run.output("INFO") == "one two 1234 somewhere /tmp"
 
 
+@pytest.mark.parametrize("read_only", ["read_only", "ReadOnly"])
+def test_a_folder_that_is_asked_for_read_only_is_read_only(
+    flow_run: RunFlow, read_only: str
+) -> None:
+    """Docker ignores read_only, which its API calls ReadOnly."""
+    mount = {"type": "bind", "source": "/tmp", "target": "/shared", read_only: True}
+    run = flow_run(command="touch /shared/file", host_config={"mounts": [mount]})
+    assert run.state.is_failed()
+    assert "Read-only file system" in run.output("WARNING")
+
+
 def test_image_by_digest(flow_run: RunFlow, daemon: docker.DockerClient, image: str) -> None:
     digest = daemon.images.get_registry_data(image).id
     run = flow_run(image=f"{INNER_REGISTRY}/tests/busybox@{digest}", command="echo by digest")

@@ -219,6 +219,7 @@ UNKNOWN = [
     ({"device_write_iops": [{"Path": "/dev/sda", "Rat": 1}]}, "did you mean Rate?"),
     ({"blkio_weight_device": [{"Path": "/dev/sda", "Rate": 1}]}, "known: Path, Weight"),
     ({"lxc_conf": {"a": "b"}}, "lxc_conf has no effect"),
+    ({"kernel_memory": "1g"}, "kernel_memory has no effect"),
     ({"cpu_quota": SECRET}, "cpu_quota"),
     ({"userns_mode": SECRET}, "userns_mode is text that the Docker SDK refuses"),
     ({"tmpfs": 5}, "tmpfs"),
@@ -266,6 +267,7 @@ UNKNOWN_ELSEWHERE = [
     ({"volumes": {"/w": {"bind": "/w", "mode": "ro"}}}, "volumes['/w'] is a mapping, which has no"),
     ({"ports": {"80/tcp": {"HostPort": "80"}}}, "ports['80/tcp'] is a mapping, which has no"),
     ({"runtime": "runsc"}, "runtime has no effect: write it in host_config"),
+    ({"mac_address": SECRET}, "mac_address has no effect: write it in networking_config"),
     ({"entrypoint": ["sh", 5]}, "entrypoint[1] is a number"),
 ]
 

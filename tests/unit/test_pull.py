@@ -332,6 +332,21 @@ def test_whether_an_image_was_pulled(name: str, digests: Any, pulled: bool) -> N
     assert was_pulled({"RepoDigests": digests}, name) == pulled
 
 
+@pytest.mark.parametrize(
+    ("identity", "pulled"),
+    [
+        ({"Pull": [{"Repository": "docker.io/library/app"}]}, True),
+        ({"Pull": [{"Repository": "registry.example/app"}]}, False),
+        ({"Build": [{"Ref": "a"}]}, False),
+        (None, False),
+    ],
+)
+def test_whether_an_image_in_containerds_store_was_pulled(identity: Any, pulled: bool) -> None:
+    """There, an image that was only tagged has a digest as well."""
+    image = {"Descriptor": {"size": 1}, "RepoDigests": ["app@sha256:0"], "Identity": identity}
+    assert was_pulled(image, "app:1") == pulled
+
+
 def test_a_pull_for_another_platform_is_not_replaced(fake: FakeDocker) -> None:
     fake.images = {"app:1"}
     options = {"extra_docker_kwargs": {"platform": "linux/arm64"}}
