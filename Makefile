@@ -18,7 +18,7 @@ export GIVEN
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-.venv/ready: requirements.txt scripts/setup.sh
+.venv/ready: requirements.txt requirements-build.txt scripts/setup.sh
 	@scripts/setup.sh
 
 .venv/dev: .venv/ready requirements-dev.txt
@@ -39,9 +39,10 @@ test-kubernetes: .venv/dev ## run the tests on a kind cluster; without one they 
 test-cgroup2: .venv/dev ## run the daemons of the templates on a node with cgroup v2, in QEMU (10 min; Debian, root)
 	@$(BIN)/pytest tests/cgroup2
 
-lint: .venv/dev ## run ruff, mypy, yamllint, shellcheck, hadolint, zizmor and codespell
+lint: .venv/dev ## run ruff, mypy, complexipy, yamllint, shellcheck, hadolint, zizmor and codespell
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy flows scripts tests
+	@$(BIN)/complexipy flows scripts --max-complexity-allowed 15 --failed
 	@$(BIN)/yamllint --strict .
 	@$(BIN)/shellcheck .ci/run scripts/airgap/node/init tests/cgroup2/node scripts/airgap/runc-drop-missing-caps $$(git ls-files '*.sh')
 	@$(BIN)/hadolint Dockerfile scripts/airgap/*.Dockerfile
@@ -63,7 +64,7 @@ airgap: .venv/ready ## without Docker Hub: build all images, Docker and Kubernet
 preflight: .venv/ready ## check the setup for Kubernetes; changes nothing; NAMESPACE=… SERVICE_ACCOUNT=… PROJECT=…
 	@$(BIN)/python -m scripts.preflight
 
-lock: .venv/ready ## update requirements.txt and requirements-dev.txt
+lock: .venv/ready ## update the requirements files
 	@scripts/lock.sh
 
 clean: .venv/ready ## stop everything; remove .venv and caches

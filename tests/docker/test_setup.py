@@ -1,4 +1,4 @@
-"""What `make run` finds on a machine: proxies, mirrors, a registry that starts again, a bad dockerd."""
+"""What `make run` finds on a machine: proxies, mirrors, volumes, a registry, a bad dockerd."""
 
 import io
 import json
@@ -92,7 +92,8 @@ def test_a_base_image_with_a_user_of_its_own(engine: docker.DockerClient) -> Non
     provide(engine, PREFECT[1])
     text = f"FROM {PREFECT[1]}\nRUN useradd app\nUSER app\n"
     engine.images.build(fileobj=io.BytesIO(text.encode()), tag=base, rm=True)
-    script = "from flows.docker_sidecar import flow; flow.storage.add_flow(flow); flow.storage.build(push=False)"
+    script = "from flows.docker_sidecar import flow; "
+    script += "flow.storage.add_flow(flow); flow.storage.build(push=False)"
     python("-c", script, FLOW_BASE_IMAGE=base, FLOW_REGISTRY_URL="localhost", FLOW_IMAGE_NAME=name)
     flow = f"localhost/{name}:0.1.0"
     try:

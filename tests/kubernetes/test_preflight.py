@@ -1,9 +1,9 @@
-"""Preflight on a real cluster: all is fine, then one thing at a time is not. The pages' test runs `make preflight`."""
+"""Preflight on a real cluster: all is fine, then one thing at a time is not."""
 
 import json
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import kubernetes.client
 import kubernetes.utils
 import prefect.agent.kubernetes
 import pytest
+import yaml
 from prefect.utilities.configuration import set_temporary_config
 
 from flows.settings import load_job_template
@@ -57,7 +58,12 @@ def check(
     place: str, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Check:
     """Run all checks, of which those of these names shall be wrong; returns all that is said."""
-    ours = {"NAMESPACE": place, "SERVICE_ACCOUNT": "default", "PROJECT": "containers"}
+    ours = {
+        "NAMESPACE": place,
+        "SERVICE_ACCOUNT": "default",
+        "PROJECT": "containers",
+        "FLOW_REGISTRY_URL": "registry.example.com/team/",
+    }
 
     def check(*wrong: str, **environment: str) -> str:
         with monkeypatch.context() as patch, suppress(SystemExit):
@@ -88,7 +94,7 @@ def own(folder: Path, template: Template) -> str:
 
 
 def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: list[str]) -> None:
-    """Without what a namespace may have, and with it; the tests below take one thing away, or spoil it."""
+    """Without what a namespace may have, and with it; the tests below spoil one thing each."""
     for name in templates:
         check(JOB_TEMPLATE=name)
     auths = {"a.example": login(), "b.example": {"username": "u", "password": "p"}}
@@ -101,9 +107,9 @@ def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: 
     )
     for name in templates:
         said = check(JOB_TEMPLATE=name)
-        others = [
-            line for line in said.splitlines() if line[13:30].strip() != "Agent"
-        ]  # this place has none
+        others = said.splitlines()
+        # this place has no Agent, and nothing of deploy/
+        others = [line for line in others if line[13:30].strip() not in ("Agent", "protection")]
         assert {line.split()[0] for line in others} == {"fine"}, said
         assert f"system:serviceaccount:{place}:default may create jobs" in said
         assert "docker-sidecar has logins for a.example, b.example" in said
@@ -118,7 +124,7 @@ def test_no_namespace_and_no_project(check: Check) -> None:
         "there is no 'tests-nowhere' → kubectl create namespace tests-nowhere && kubectl label"
         in said
     )
-    assert said.count("because of the namespace") == 4
+    assert said.count("because of the namespace") == 5
     assert said.count("because of the Job") == 1
     assert "no project 'not there' → prefect create project \"not there\"" in said
 
@@ -131,13 +137,12 @@ def test_the_agent_lacks_rights(check: Check, place: str, namespace: Namespace) 
     rules.append({"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]})
     rbac = kubernetes.client.RbacAuthorizationV1Api(namespace.api)
     rbac.patch_namespaced_role("prefect-agent-rbac", place, {"rules": rules})
-    ask = f"kubectl auth can-i list events --namespace {place} --as system:serviceaccount:{place}:default || true"
+    agent = f"--namespace {place} --as system:serviceaccount:{place}:default"
+    ask = f"kubectl auth can-i list events {agent} || true"
     wait_for(lambda: "no" in shell(ask), "the role has changed")
     said = check("Agent's rights")
-    assert (
-        f"may not delete jobs, list events → kubectl create role agent --namespace {place} --verb=create"
-        in said
-    )
+    remedy = f"kubectl create role agent --namespace {place} --verb=create"
+    assert f"may not delete jobs, list events → {remedy}" in said
 
 
 def test_the_config_map(check: Check, place: str, templates: list[str]) -> None:
@@ -167,12 +172,16 @@ def test_a_secret_without_logins(check: Check, place: str, namespace: Namespace)
     auths = {
         "good.example": login(),
         "empty.example": {},
-        "half.example": {"username": "u", "password": ""},
+        "broken.example": {"auth": "?"},
+        "token.example": {"identitytoken": "t"},
     }
     logins = {".dockerconfigjson": json.dumps({"auths": auths})}
     put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
     said = check("Secret")
-    assert "names empty.example, half.example, but" in said
+    assert "empty.example has neither auth nor username and password" in said
+    assert "broken.example is a broken login" in said
+    assert "good.example" not in said
+    assert "token.example" not in said
     namespace.core.delete_namespaced_secret("docker-sidecar", place)  # a type cannot be changed
     put(place, "Secret", stringData={"config.json": "{}"})
     said = check("Secret")
@@ -186,20 +195,16 @@ def test_quota_and_pod_security(
     read = namespace.core.read_namespaced_resource_quota
     wait_for(lambda: read("none", place).status.hard, "the quota is in force")
     said = check("Job")
-    assert (
-        "exceeded quota: none, requested: pods=1, used: pods=0, limited: pods=0 → use another NAMESPACE"
-        in said
-    )
+    assert "exceeded quota: none, requested: pods=1, used: pods=0" in said
+    assert "→ use another NAMESPACE" in said
 
     labels = {"pod-security.kubernetes.io/enforce": "baseline"}
     namespace.core.patch_namespace(place, {"metadata": {"labels": labels}})
     for name in templates:
         said = check("Job", JOB_TEMPLATE=name)
         assert 'violates PodSecurity "baseline' in said
-        assert (
-            f"→ kubectl label --overwrite namespace {place} pod-security.kubernetes.io/enforce=privileged"
-            in said
-        )
+        label = "pod-security.kubernetes.io/enforce=privileged"
+        assert f"→ kubectl label --overwrite namespace {place} {label}" in said
 
 
 def test_what_the_api_server_refuses(check: Check, tmp_path: Path) -> None:
@@ -279,3 +284,87 @@ def test_what_is_not_understood_is_not_judged(check: Check, tmp_path: Path) -> N
         command=["dockerd", "--host=tcp://localhost:2375"], securityContext={}
     )
     check(JOB_TEMPLATE=own(tmp_path, template))
+
+
+MUTATION = """
+apiVersion: admissionregistration.k8s.io/v1
+kind: MutatingAdmissionPolicy
+metadata: {{name: {name}}}
+spec:
+  failurePolicy: Fail
+  reinvocationPolicy: Never
+  matchConstraints:
+    resourceRules:
+      - {{apiGroups: [""], apiVersions: [v1], resources: [pods], operations: [CREATE]}}
+  mutations:
+    - patchType: JSONPatch
+      jsonPatch:
+        expression: '[{patch}]'
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: MutatingAdmissionPolicyBinding
+metadata: {{name: {name}}}
+spec:
+  policyName: {name}
+  matchResources:
+    namespaceSelector:
+      matchLabels: {{kubernetes.io/metadata.name: {name}}}
+"""
+NO_SIDECARS = 'JSONPatch{op: "remove", path: "/spec/initContainers/0/restartPolicy"}'
+INJECTED = """JSONPatch{op: "add", path: "/spec/containers/-",
+  value: Object.spec.containers{name: "proxy", image: "proxy"}}"""
+
+
+@contextmanager
+def mutated(place: str, patch: str) -> Iterator[None]:
+    """The cluster changes the pods of a namespace, as a webhook does."""
+    policy = MUTATION.format(name=place, patch=patch.replace("\n", " "))
+    shell("kubectl apply --filename -", stdin=policy)
+    try:
+        yield
+    finally:
+        shell("kubectl delete --filename -", stdin=policy)
+
+
+def changes(place: str) -> bool:
+    """Whether the cluster changes a pod there."""
+    sidecar = {"name": "dind-daemon", "image": "a", "restartPolicy": "Always"}
+    spec = {"initContainers": [sidecar], "containers": [{"name": "b", "image": "b"}]}
+    asked = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "asked"}, "spec": spec}
+    dry_run = f"kubectl create --dry-run=server --namespace {place} --output json --filename -"
+    made = json.loads(shell(dry_run, stdin=json.dumps(asked)))["spec"]
+    is_sidecar = made["initContainers"][0].get("restartPolicy") == "Always"
+    return not is_sidecar or len(made["containers"]) > 1
+
+
+@pytest.mark.parametrize(
+    ("patch", "seen"),
+    [
+        (NO_SIDECARS, "initContainers[dind-daemon].restartPolicy was taken away"),
+        (INJECTED, "the container proxy was added"),
+    ],
+)
+def test_a_webhook_that_breaks_the_run(check: Check, place: str, patch: str, seen: str) -> None:
+    with mutated(place, patch):
+        wait_for(lambda: changes(place), "the policy is in force")
+        said = check("Job", JOB_TEMPLATE="native_sidecar")
+    assert seen in said
+    assert "→ exempt these pods" in said
+
+
+def test_a_user_who_may_not_create_jobs(
+    check: Check, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The account of a pod, which may nothing: it may not look, and nothing is wrong."""
+    token = shell(f"kubectl create token default --namespace {place}").strip()
+    shell(f"kubectl delete rolebinding prefect-agent-rbac --namespace {place}")
+    config = yaml.safe_load(cluster.KUBECONFIG.read_text())
+    config["users"][0]["user"] = {"token": token}
+    other = tmp_path / "kubeconfig"
+    other.write_text(yaml.safe_dump(config))
+    monkeypatch.setattr(cluster, "KUBECONFIG", other)
+    said = check()
+    lines = {line[13:30].strip(): line for line in said.splitlines()}
+    assert lines["Job"].startswith("forbidden")
+    assert "you may neither create Jobs" in lines["Job"]
+    assert lines["Secret"].startswith("forbidden")

@@ -1,8 +1,9 @@
-"""`make preflight` where there is no cluster: a line on each check, whatever is wrong, and never a traceback.
+"""`make preflight` without a cluster: a line on each check, whatever is wrong, and no traceback.
 
 What it asks of Kubernetes is tested on a real cluster: tests/kubernetes/test_preflight.py.
 """
 
+import copy
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,10 @@ import pytest
 import yaml
 from prefect.utilities.configuration import set_temporary_config
 
+from flows.settings import JOB_TEMPLATES, load_job_template
 from scripts import preflight
+from scripts.checks.changes import changes_of_job, changes_of_pod
+from scripts.checks.namespace import needs
 from tests.support.docker_context import docker_context
 from tests.support.fake_docker import FakeDocker
 from tests.support.prefect_api import PrefectAPI
@@ -87,17 +91,18 @@ def kubeconfig(url: str) -> str:
         f"{{name: c, cluster: {{server: {json.dumps(url)}}}}}",
         "{name: u, user: {token: me}}",
     )
-    return f"{{current-context: there, contexts: [{context}], clusters: [{clusters}], users: [{users}]}}"
+    lists = f"contexts: [{context}], clusters: [{clusters}], users: [{users}]"
+    return f"{{current-context: there, {lists}}}"
 
 
 def test_nothing_is_there(run: RunPreflight, nowhere: int) -> None:
     url = f"http://127.0.0.1:{nowhere}"
     said = run(url, kubeconfig(url))
-    outcomes = ["fine", "wrong", "wrong", *["not checked"] * 6, "wrong", "not checked"]
+    outcomes = ["unsure", "wrong", "wrong", *["not checked"] * 7, "wrong", "not checked"]
     assert [outcome for outcome, _ in said.values()] == outcomes
     image = "gcr.io/dev/docker-on-k8s-flow:0.1.0"
     base = "prefecthq/prefect:1.4.1-python3.10"
-    assert said["settings"][1] == f"{image}, built from {base}; JOB_TEMPLATE=docker_sidecar"
+    assert f"{image}, built from {base}; JOB_TEMPLATE=docker_sidecar" in said["settings"][1]
     assert "Connection refused → start it, or choose another one: KUBECONFIG" in said["cluster"][1]
     assert said["namespace"][1] == "because of the cluster"
     assert said["Job"][1] == said["Secret"][1] == "because of the namespace"
@@ -163,7 +168,6 @@ def test_prefect_and_its_agents(run: RunPreflight) -> None:
             {"backend": "server", "cloud.api": api.url, "cloud.api_key": None}
         ):
             client = prefect.Client()
-            client.register_agent("kubernetes", "never asked", [])
             agent = client.register_agent("kubernetes", "asks", ["gpu", "team-a"])
             client.attach_headers({"X-PREFECT-AGENT-ID": agent})
             client.graphql("{hello}")
@@ -185,10 +189,9 @@ def test_a_template_that_only_the_agent_sees(
     proxy = f"http://127.0.0.1:{nowhere}"
     said = run(kubeconfig=kubeconfig(url), JOB_TEMPLATE="agent:///etc/job.yaml", HTTP_PROXY=proxy)
     assert said["cluster"] == ("fine", f"Kubernetes v1.37.2 at {url}")
-    assert said["settings"][0] == "fine"
     assert said["Job"][0] == "unsure"
     assert "the Agent reads agent:///etc/job.yaml at each run" in said["Job"][1]
-    assert said["needed objects"] == ("not checked", "because of the Job")
+    assert said["needed objects"][0] == "unsure"
 
 
 def test_an_engine_of_a_docker_context(
@@ -206,10 +209,15 @@ NEEDS = """
 imagePullSecrets: [{name: pull}]
 containers: [{envFrom: [{configMapRef: {name: all}}, {secretRef: {name: no, optional: true}}]}]
 initContainers:
-  - env: [{valueFrom: {configMapKeyRef: {name: first, key: b}}}, {valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]
+  - env:
+      - {valueFrom: {configMapKeyRef: {name: first, key: b}}}
+      - {valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}
 volumes:
   - secret: {secretName: files, items: [{key: c, path: d}]}
-  - projected: {sources: [{secret: {name: part}}, {configMap: {name: other, items: [{key: e, path: f}]}}]}
+  - projected:
+      sources:
+        - {secret: {name: part}}
+        - {configMap: {name: other, items: [{key: e, path: f}]}}
   - csi: {nodePublishSecretRef: {name: csi}}
 nodeSelector: {secret: "no"}
 """
@@ -219,7 +227,131 @@ def test_what_a_pod_needs() -> None:
     """Of other kinds than in the test on a cluster."""
     needed = {
         f"{kind} {name} {' '.join(keys)}".strip()
-        for kind, name, keys in preflight.needs(yaml.safe_load(NEEDS))
+        for kind, name, keys in needs(yaml.safe_load(NEEDS))
     }
     config_maps = {"configmap all", "configmap first b", "configmap other e"}
     assert needed == {"secret pull", "secret files c", "secret part", "secret csi"} | config_maps
+
+
+def test_where_nobody_has_said_to_push(run: RunPreflight) -> None:
+    """The default registry is the recipe's, and hardly the user's."""
+    outcome, text = run()["settings"]
+    assert outcome == "unsure"
+    assert text.endswith("→ export FLOW_REGISTRY_URL=registry.example.com/team/")
+    assert run(FLOW_REGISTRY_URL="registry.example.com/team/")["settings"][0] == "fine"
+
+
+def answered(template: str) -> tuple[Any, Any]:
+    """A pod's spec as it is asked for, and as an API server answers, with its defaults."""
+    asked = load_job_template(template)["spec"]["template"]["spec"]
+    answer = copy.deepcopy(asked)
+    answer["dnsPolicy"] = "ClusterFirst"
+    answer["securityContext"] = {}
+    for container in answer["containers"]:
+        container["imagePullPolicy"] = "IfNotPresent"
+        container["terminationMessagePath"] = "/dev/termination-log"
+        container["image"] = f"mirror.example.com/{container.get('image', 'flow')}"
+        for variable in container["env"]:
+            if variable.get("value") == "":
+                del variable["value"]
+        container["volumeMounts"].append({"name": "token", "mountPath": "/var/run/secrets"})
+    answer["volumes"].append({"name": "token", "projected": {"sources": []}})
+    answer.setdefault("tolerations", []).append({"key": "added", "operator": "Exists"})
+    return asked, answer
+
+
+TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_a_cluster_may_change(template: str) -> None:
+    asked, answer = answered(template)
+    assert changes_of_pod(asked, answer) == []
+
+
+def daemon(spec: Any) -> Any:
+    return spec["initContainers"][0]
+
+
+SPOILT: dict[str, Callable[[Any], object]] = {
+    "initContainers[dind-daemon].restartPolicy was taken away": (
+        lambda spec: daemon(spec).pop("restartPolicy")
+    ),
+    "initContainers[dind-daemon].securityContext was taken away": (
+        lambda spec: daemon(spec).pop("securityContext")
+    ),
+    "securityContext.privileged was changed": (
+        lambda spec: daemon(spec)["securityContext"].update(privileged=False)
+    ),
+    "securityContext.readOnlyRootFilesystem was added": (
+        lambda spec: daemon(spec)["securityContext"].update(readOnlyRootFilesystem=True)
+    ),
+    "spec.securityContext.runAsNonRoot was added": (
+        lambda spec: spec.update(securityContext={"runAsNonRoot": True})
+    ),
+    "initContainers[dind-daemon] was taken away": lambda spec: spec.update(initContainers=[]),
+    "spec.initContainers[dind-daemon]": lambda spec: spec.pop("initContainers"),
+    "initContainers[dind-daemon].args was changed": lambda spec: daemon(spec)["args"].pop(),
+    "initContainers[dind-daemon].command was added": (
+        lambda spec: daemon(spec).update(command=["sh"])
+    ),
+    "volumes[socket] was taken away": (
+        lambda spec: spec.update(volumes=[v for v in spec["volumes"] if v["name"] != "socket"])
+    ),
+    "volumes[socket].emptyDir was taken away": (
+        lambda spec: spec["volumes"][1].update(emptyDir=None, hostPath={"path": "/"})
+    ),
+    "volumeMounts[/run/dind] was taken away": (
+        lambda spec: spec["containers"][0].update(volumeMounts=[])
+    ),
+    "env[DOCKER_HOST].value was changed": (
+        lambda spec: spec["containers"][0]["env"].append({"name": "DOCKER_HOST", "value": "x"})
+    ),
+    "spec.runtimeClassName was added": lambda spec: spec.update(runtimeClassName="kata"),
+    "spec.activeDeadlineSeconds was added": lambda spec: spec.update(activeDeadlineSeconds=60),
+    "spec.restartPolicy was changed": lambda spec: spec.update(restartPolicy="OnFailure"),
+    "spec.automountServiceAccountToken was changed": (
+        lambda spec: spec.update(automountServiceAccountToken=True)
+    ),
+    "the container proxy was added": lambda spec: spec["containers"].append({"name": "proxy"}),
+    "the first container is proxy": lambda spec: spec["containers"].insert(0, {"name": "proxy"}),
+}
+
+
+@pytest.mark.parametrize("change", SPOILT)
+def test_what_a_cluster_may_not_change(change: str) -> None:
+    """As a webhook does that does not know sidecars, or that hardens pods."""
+    asked, answer = answered("native_sidecar")
+    SPOILT[change](answer)
+    changes = "; ".join(changes_of_pod(asked, answer))
+    assert change in changes
+
+
+def test_the_containers_keep_their_order() -> None:
+    asked, answer = answered("docker_sidecar")
+    answer["containers"].reverse()
+    assert "the order of the containers was changed" in "; ".join(changes_of_pod(asked, answer))
+
+
+def test_a_job_that_may_run_twice() -> None:
+    asked = {"backoffLimit": 0, "template": {}}
+    assert changes_of_job(asked, {"backoffLimit": 0, "completions": 1}) == []
+    assert changes_of_job(asked, {"backoffLimit": 6}) == ["spec.backoffLimit was changed"]
+    added = {"backoffLimit": 0, "activeDeadlineSeconds": 60}
+    assert changes_of_job(asked, added) == ["spec.activeDeadlineSeconds was added"]
+
+
+def test_a_quantity_may_be_written_in_another_way() -> None:
+    asked, answer = answered("native_sidecar")
+    for spec, size in ((asked, "1024Mi"), (answer, "1Gi")):
+        spec["volumes"][0]["emptyDir"] = {"sizeLimit": size}
+    assert changes_of_pod(asked, answer) == []
+
+
+def test_no_value_of_a_variable_is_shown() -> None:
+    asked, answer = answered("native_sidecar")
+    asked["containers"][0]["env"].append({"name": "TOKEN", "value": "hunter2"})
+    answer["containers"][0]["env"].append({"name": "TOKEN", "value": "hunter3"})
+    changes = "; ".join(changes_of_pod(asked, answer))
+    assert "env[TOKEN].value was changed" in changes
+    assert "hunter" not in changes

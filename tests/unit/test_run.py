@@ -490,4 +490,57 @@ def test_setup_names_the_pythons_that_it_cannot_use(version: str, tmp_path: Path
     assert "Python 3.10 or 3.11 is needed" in result.stderr
     assert f"Seen: python3 (Python {version}); python0 (not there);" in result.stderr
     assert "PYTHON=/path/to/python3.11 make" in result.stderr
+    assert "uv python install 3.11" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "python3", "scripts"]
+
+
+STUBS = {
+    "python": "#!/bin/sh\npwd\n",
+    "pip": "#!/bin/sh\ncase $* in *config*) cat pip-config ;; esac\n",
+    "uv": "#!/bin/sh\nenv >uv-environment\necho $* >uv-arguments\n",
+}
+
+
+def set_up_with_stubs(folder: Path, pip_config: str, **environment: str) -> dict[str, str]:
+    """Run setup.sh where pip has a configuration, and return uv's environment."""
+    (folder / "scripts").mkdir()
+    script = shutil.copy(PROJECT / "scripts" / "setup.sh", folder / "scripts")
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-build.txt"):
+        (folder / name).touch()
+    (folder / "stubs").mkdir()
+    (folder / "pip-config").write_text(pip_config)
+    for name, text in STUBS.items():
+        (folder / "stubs" / name).write_text(text)
+        (folder / "stubs" / name).chmod(0o755)
+    python = folder / "python3"
+    python.write_text('#!/bin/sh\n[ "$1" != -m ] || { mkdir .venv && cp -R stubs .venv/bin; }\n')
+    python.chmod(0o755)
+    variables = {"PATH": f"{folder}:{os.defpath}", "HOME": str(folder), **environment}
+    subprocess.run([script], env=variables, check=True, timeout=60, capture_output=True)
+    assert "--build-constraints requirements-build.txt" in (folder / "uv-arguments").read_text()
+    lines = (folder / "uv-environment").read_text().splitlines()
+    return dict(line.split("=", 1) for line in lines if "=" in line)
+
+
+def test_uv_takes_the_index_and_the_certificates_that_pip_has(tmp_path: Path) -> None:
+    config = """global.cert='/etc/company.crt'
+global.extra-index-url='https://one.example/simple\\nhttps://two.example/simple'
+global.index-url='https://ignored.example/simple'
+install.index-url='https://pypi.example/simple'
+"""
+    found = set_up_with_stubs(tmp_path, config)
+    assert found["UV_DEFAULT_INDEX"] == "https://pypi.example/simple"
+    assert found["UV_INDEX"] == "https://one.example/simple https://two.example/simple"
+    assert found["SSL_CERT_FILE"] == "/etc/company.crt"
+
+
+def test_uvs_own_settings_win(tmp_path: Path) -> None:
+    config = ":env:.index-url='https://pip.example/simple'\n"
+    found = set_up_with_stubs(tmp_path, config, UV_DEFAULT_INDEX="https://uv.example/simple")
+    assert found["UV_DEFAULT_INDEX"] == "https://uv.example/simple"
+
+
+def test_uv_without_any_setting_of_pip(tmp_path: Path) -> None:
+    found = set_up_with_stubs(tmp_path, "")
+    assert "UV_DEFAULT_INDEX" not in found
+    assert "SSL_CERT_FILE" not in found
