@@ -1,4 +1,4 @@
-"""How runs end: causes, restarts, lost pods, SIGTERM. The API is a stand-in, and so is the Docker daemon."""
+"""How runs end: causes, restarts, lost pods, SIGTERM. API and Docker daemon are stand-ins."""
 
 import itertools
 import os
