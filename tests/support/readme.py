@@ -12,8 +12,9 @@ from tests.support.shell import replaced, shell
 
 def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
     """Run the one command of the pages that starts like this, and return what it writes."""
-    exports = [line for line in commands() if line.startswith("export ")]
-    script = "\n".join(['unset "${!PREFECT__@}"', *exports, command(start)])
+    script = ['unset "${!PREFECT__@}"']
+    script += [line for line in commands() if line.startswith("export ")]
+    script.append(command(start))
     names = {
         "http://your-server:4200": os.environ["DOCKER_SIDECAR_TESTS_API"],
         "registry.example.com/team/": f"{registry.REGISTRY}/",
@@ -25,4 +26,6 @@ def readme(start: str, instead: Mapping[str, str] | None = None) -> str:
         "KUBECONFIG": str(cluster.KUBECONFIG),
         "FLOW_IMAGE_TAG": SESSION,  # which the node has not pulled
     }
-    return shell(replaced(script, {**names, **(instead or {})}), environment=environment)
+    if instead:
+        names |= instead
+    return shell(replaced("\n".join(script), names), environment=environment)

@@ -12,11 +12,11 @@ import kubernetes_validate
 import pytest
 from kubernetes_validate.utils import all_versions
 
-from flows.settings import JOB_TEMPLATES, load_job_template
+from flows.settings import load_job_template
+from tests.support import templates
+from tests.support.templates import daemon_of
 
-TEMPLATES = {
-    path.stem: load_job_template(path.stem) for path in sorted(JOB_TEMPLATES.glob("*.yaml"))
-}
+TEMPLATES = {name: load_job_template(name) for name in templates.TEMPLATES}
 # SC2016: a script within the script has variables of its own.
 SHELLCHECK = [
     str(Path(sys.executable).with_name("shellcheck")),
@@ -35,42 +35,46 @@ def containers(job: dict[str, Any]) -> list[dict[str, Any]]:
 def scripts(job: dict[str, Any]) -> Iterator[str]:
     """The text of each shell script: what stands behind -c."""
     for container in containers(job):
-        hooks = [hook["exec"]["command"] for hook in container.get("lifecycle", {}).values()]
-        words = [
-            *container.get("command", []),
-            *container.get("args", []),
-            *itertools.chain(*hooks),
-        ]
-        yield from (
-            text for option, text in itertools.pairwise(words) if re.fullmatch("-[eu]*c", option)
-        )
+        words = [*container.get("command", []), *container.get("args", [])]
+        for hook in container.get("lifecycle", {}).values():
+            words += hook["exec"]["command"]
+        for option, text in itertools.pairwise(words):
+            if re.fullmatch("-[eu]*c", option):
+                yield text
+
+
+def jobs_for(version: str) -> list[dict[str, Any]]:
+    """The templates for a version of Kubernetes: 1.28 knows no restartable init containers."""
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) < (1, 29):
+        return [TEMPLATES["docker_sidecar"]]
+    return list(TEMPLATES.values())
 
 
 @pytest.mark.parametrize("version", sorted(set(all_versions())))
-def test_valid_for_kubernetes(version: str) -> None:
-    """All templates from 1.29 on. Older versions have no restartable init containers."""
-    jobs = [
-        job for job in TEMPLATES.values() if version >= "1.29" or "initContainers" not in str(job)
-    ]
-    assert jobs
-    kubernetes_validate.validate(
-        {"apiVersion": "batch/v1", "kind": "JobList", "items": jobs}, version, strict=True
-    )
+def test_the_templates_are_valid_for_kubernetes(version: str) -> None:
+    jobs = {"apiVersion": "batch/v1", "kind": "JobList", "items": jobs_for(version)}
+    kubernetes_validate.validate(jobs, version, strict=True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_limits(name: str) -> None:
-    """No container can take the node's memory, and none requests the disk that its limit allows."""
-    for resources in (container["resources"] for container in containers(TEMPLATES[name])):
-        assert "memory" in resources["limits"]
-        assert (
-            "ephemeral-storage" in resources["requests"]
-            or "ephemeral-storage" not in resources["limits"]
-        )
+def test_no_container_can_take_the_nodes_memory(name: str) -> None:
+    for container in containers(TEMPLATES[name]):
+        assert "memory" in container["resources"]["limits"]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_no_container_requests_the_disk_that_its_limit_allows(name: str) -> None:
+    """As Kubernetes does where a limit has no request."""
+    for container in containers(TEMPLATES[name]):
+        resources = container["resources"]
+        if "ephemeral-storage" in resources["limits"]:
+            assert "ephemeral-storage" in resources["requests"]
 
 
 def test_the_templates_name_one_docker() -> None:
-    assert len({containers(template)[1]["image"] for template in TEMPLATES.values()}) == 1
+    images = {daemon_of(template)["image"] for template in TEMPLATES.values()}
+    assert len(images) == 1
 
 
 def fields(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -91,8 +95,15 @@ def differences(part: Any, other: Any, known: list[str]) -> list[str]:
     ours = dict(fields(part))
     theirs = dict(fields(other))
     different = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
-    named = [next((name for name in known if name in path), path) for path in different]
-    return sorted(set(named))
+    return sorted({known_name(path, known) for path in different})
+
+
+def known_name(path: str, known: list[str]) -> str:
+    """The first known name that a path has in it, else the path."""
+    for name in known:
+        if name in path:
+            return name
+    return path
 
 
 GVISOR = [
@@ -128,9 +139,8 @@ def test_what_the_flow_container_of_docker_sidecar_has_of_its_own() -> None:
         ".volumeMounts[/alive]",
         ".volumeMounts[/run/dind]",
     ]
-    native, recipe = (
-        containers(TEMPLATES[name])[0] for name in ("native_sidecar", "docker_sidecar")
-    )
+    native, *_ = containers(TEMPLATES["native_sidecar"])
+    recipe, *_ = containers(TEMPLATES["docker_sidecar"])
     assert differences(native, recipe, known) == sorted(known)
 
 

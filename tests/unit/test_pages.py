@@ -27,6 +27,7 @@ from prefect.cli.run import load_json_key_values
 from flows.parameters import validate_parameters
 from flows.settings import PROJECT, load_job_template
 from tests.support import pages
+from tests.support.templates import daemon_of
 
 LINKED = [
     *pages.PAGES,
@@ -42,13 +43,10 @@ PARSERS: dict[str, Callable[[str], object]] = {
     "toml": toml.loads,
     "yaml": lambda text: list(yaml.safe_load_all(text)),
 }
-PREFECT_RUN = sorted(
-    command
-    for _, text in pages.scripts()
-    for command in pages.split(text)
-    if command.startswith("prefect run --project")
-)
-# kinds and verbs of kubectl that are not of a namespace
+COMMANDS = [command for _, text in pages.scripts() for command in pages.split(text)]
+PREFECT_RUN = [command for command in COMMANDS if command.startswith("prefect run --project")]
+MAKE = sorted({command for command in pages.commands() if command.startswith("make ")})
+# Kinds and verbs of kubectl that are not of a namespace.
 CLUSTER_WIDE = re.compile(
     r"kubectl (version|kustomize|label node|taint|cordon|patch --local|set serviceaccount --local)"
     r"|(create|delete|label|get) namespaces?\b|-k |--all-namespaces|--kustomize"
@@ -59,9 +57,7 @@ def page_name(page: Path) -> str:
     return page.relative_to(PROJECT).as_posix()
 
 
-@pytest.mark.parametrize(
-    "command", sorted({command for command in pages.commands() if command.startswith("make ")})
-)
+@pytest.mark.parametrize("command", MAKE)
 def test_make_has_the_target(command: str) -> None:
     done = subprocess.run(
         [*shlex.split(command), "--dry-run"], cwd=PROJECT, capture_output=True, text=True
@@ -128,14 +124,11 @@ def test_daemon_json_must_not_have_what_a_template_sets() -> None:
     """docs/kubernetes.md names each flag of a template: dockerd refuses a second value."""
     named = set(re.findall(r"`([a-z0-9-]+)`", page_text("docs/kubernetes.md")))
     for name in ("docker_sidecar", "native_sidecar", "kept_layers", "gvisor_sidecar"):
-        spec = load_job_template(name)["spec"]["template"]["spec"]
-        containers = [*spec.get("initContainers", []), *spec["containers"]]
-        [daemon] = [each for each in containers if each["name"] == "dind-daemon"]
-        flags = re.findall(
-            r"--([a-z0-9-]+)=", json.dumps([daemon.get("command"), daemon.get("args")])
-        )
-        keys = {"hosts" if flag == "host" else flag for flag in flags}
-        assert "hosts" in keys
+        daemon = daemon_of(load_job_template(name))
+        command = json.dumps([daemon.get("command"), daemon.get("args")])
+        flags = set(re.findall(r"--([a-z0-9-]+)=", command))
+        assert "host" in flags
+        keys = flags - {"host"} | {"hosts"}
         assert keys <= named, f"{name}: not on the page: {keys - named}"
 
 
@@ -170,23 +163,25 @@ def anchors(page: Path) -> list[str]:
 
 @pytest.mark.parametrize("page", LINKED, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
-    inline = [part for token in parsed(page) for part in token.children or []]
-    links = [
-        str(value)
-        for part in inline
-        for name, value in part.attrs.items()
-        if name in ("href", "src")
-    ]
-    for link in links:
+    for link in links_of(page):
         path, _, anchor = unquote(link).partition("#")
-        if re.match(r"\w+:", path):
-            continue  # not of this project
-        target = (page.parent / path).resolve() if path else page
-        assert target.is_relative_to(PROJECT), link
-        assert target.exists(), link
-        assert not anchor or target.suffix != ".md" or anchor in anchors(target), (
-            f"{link}: {anchors(target)}"
-        )
+        is_of_another_site = re.match(r"\w+:", path)
+        if not is_of_another_site:
+            target = (page.parent / path).resolve() if path else page
+            assert target.is_relative_to(PROJECT), link
+            assert target.exists(), link
+            if anchor and target.suffix == ".md":
+                assert anchor in anchors(target), link
+
+
+def links_of(page: Path) -> Iterator[str]:
+    """What the links and the pictures of a page point to."""
+    for token in parsed(page):
+        for part in token.children or []:
+            if part.type == "link_open":
+                yield str(part.attrs["href"])
+            elif part.type == "image":
+                yield str(part.attrs["src"])
 
 
 def said_by(paths: Iterable[Path]) -> Iterator[str]:

@@ -33,7 +33,7 @@ Server = Callable[[int, bytes], str]
 def run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> RunPreflight:
-    """RunPreflight all checks; the result is the outcome of each by its name, and what is said."""
+    """Run all checks; the result is the outcome of each by its name, and what is said."""
 
     def run(prefect_api: str = "", kubeconfig: str = "", **environment: str) -> Said:
         for name, value in environment.items():
