@@ -114,6 +114,10 @@ def test_a_rescheduled_run_whose_pods_start_together_runs_its_container_once(
         assert len(containers_of(run.id, sidecar.client)) == 1, run
 
 
+def wait_until_it_runs(run: FlowRun) -> None:
+    wait_for(lambda: run.state == "Running", "the run starts", lambda: run, 60)
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("end", ["SIGTERM", "cancel"])
 @pytest.mark.parametrize("executor", EXECUTORS)
@@ -129,7 +133,7 @@ def test_no_container_outlives_its_run(
         point = random.uniform(0, SPAN)  # noqa: S311 # no secret
         run = processes.create_run(code(image, EXECUTORS[executor]))
         process = processes.start(run)
-        wait_for(lambda run=run: run.state == "Running", "the run starts", lambda run=run: run, 60)
+        wait_until_it_runs(run)
         time.sleep(point)
         if end == "SIGTERM":
             process.send_signal(signal.SIGTERM)
