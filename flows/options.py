@@ -124,7 +124,11 @@ def container_options(given: Any) -> dict[str, Any]:
     own.
     """
     where = "extra_docker_kwargs"
-    options = _known(given, _parameters(docker.APIClient.create_container), where)
+    create_container = docker.APIClient.create_container
+    names = _parameters(create_container)
+    if "kwargs" in names and isinstance(given, Mapping):  # an SDK that takes any name
+        names.extend(given)
+    options = _known(given, names, where)
     for name, value in options.items():
         if name in ("image", "command", "environment", "host_config"):
             raise InvalidArgument(f"{where}.{name}: {name} is a parameter of its own")

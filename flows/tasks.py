@@ -214,10 +214,12 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
             options.update(container_options(extra_docker_kwargs or {}))
             options["labels"] = self._with_run_label(options.get("labels") or {})
             client = connect(docker_server_url)
+            self.logger.debug(f"Creating a container from the image {image_name}")
             options["host_config"] = call_sdk(client.create_host_config, **host)
             container = call_sdk(client.create_container, image=image_name, **options)
         for warning in container.get("Warnings") or ():  # such as a limit it cannot enforce
             self.logger.warning(f"Docker: {warning}")
+        self.logger.debug(f"Created the container {container['Id']}")
         return str(container["Id"])
 
     def _host_options(self, host_config: dict[str, Any]) -> dict[str, Any]:
@@ -255,7 +257,9 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
         with docker_errors_as_failures("Starting the container", docker_server_url):
             client = connect(docker_server_url)
             end_if_taken()
+            self.logger.debug(f"Starting the container {container_id}")
             call_sdk(client.start, container=container_id, **(extra_docker_kwargs or {}))
+        self.logger.debug(f"Started the container {container_id}")
 
 
 class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
@@ -316,6 +320,7 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
             if container["State"]["Status"] == "created" and not waits_for_a_start:
                 advice = "the wait needs upstream_tasks=[started], the task that starts it"
                 raise failure(f"Not started: container {name}; {advice}")
+            self.logger.debug(f"Waiting on the container {container_id}")
             log = OutputLog(self.logger, f"Container {name}")
             tty = container["Config"]["Tty"]
             watch = Watch(client, docker_server_url, container_id, tty, log, options)
@@ -363,7 +368,9 @@ class WaitOnContainer(_DockerTask, prefect_docker.WaitOnContainer):
     ) -> None:
         """Log the exit, or fail with it. The cause comes first: Prefect's UI cuts long messages."""
         code = answer.get("StatusCode")
-        reason = (answer.get("Error") or {}).get("Message")
+        reason = answer.get("Error")
+        if isinstance(reason, dict):
+            reason = reason.get("Message")
         out_of_memory = self._is_out_of_memory(client, container_id)
         message = f"Exited with code {code}: container {name}"
         if out_of_memory:
@@ -413,7 +420,9 @@ class GetContainerLogs(_DockerTask, prefect_docker.GetContainerLogs):
         options = {"tail": LOG_LINES + 1, **(extra_docker_kwargs or {})}
         try:
             client = connect(docker_server_url)
+            self.logger.debug(f"Getting the logs of the container {container_id}")
             data, lines = self._read(client, container_id, options)
+            self.logger.debug(f"Got the logs of the container {container_id}")
         except InvalidArgument as error:
             raise failure(f"Getting the logs: {error}") from None
         except ERRORS as error:
