@@ -52,7 +52,7 @@ def daemon(sidecar: Daemon) -> docker.DockerClient:
 
 @pytest.fixture
 def current_docker(daemon: docker.DockerClient) -> None:
-    """For tests of what Docker 20.10 cannot do, the stand-in where there is no Docker Hub and no Go."""
+    """For tests of what Docker 20.10 cannot do, which stands in where there is no Go."""
     if docker.utils.version_lt(daemon.version()["ApiVersion"], "1.44"):
         pytest.skip("needs the Docker that the templates name; without Go its stand-in is 20.10")
 

@@ -61,7 +61,7 @@ def test_a_remote_daemon_is_asked_through_the_proxy(
 def pull_late(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, url: str, act: Any
 ) -> None:
-    """Pull from a daemon that answers after `act`, which comes when the log says that the daemon is waited for."""
+    """Pull from a daemon that answers after `act`, which comes when the log says so."""
 
     def see(record: logging.LogRecord) -> bool:
         if record.getMessage().startswith("Waiting up to 60 s for the Docker daemon"):

@@ -3,17 +3,18 @@
 from typing import Any
 
 import pytest
+from docker.constants import DEFAULT_DOCKER_API_VERSION
 from docker.errors import InvalidArgument
 from docker.types import DeviceRequest, HostConfig, LogConfig, Mount, Ulimit
 
-from flows.options import VERSION, container_options, host_options, pull_options
+from flows.options import container_options, host_options, pull_options
 
 SECRET = "hunter2"
 
 
 def sent(host_config: dict[str, Any]) -> dict[str, Any]:
     """What Docker gets for a host_config."""
-    return dict(HostConfig(VERSION, **host_options(host_config)))
+    return dict(HostConfig(DEFAULT_DOCKER_API_VERSION, **host_options(host_config)))
 
 
 BIND = {"Target": "/w", "Source": "/w", "Type": "bind", "ReadOnly": True}
@@ -168,7 +169,7 @@ def test_both_spellings_mean_the_same(
     ],
 )
 def test_the_sdks_own_types_are_taken_as_they_are(name: str, value: Any) -> None:
-    assert sent({name: value}) == HostConfig(VERSION, **{name: value})
+    assert sent({name: value}) == HostConfig(DEFAULT_DOCKER_API_VERSION, **{name: value})
 
 
 @pytest.mark.parametrize(

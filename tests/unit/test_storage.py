@@ -61,7 +61,7 @@ def docker_engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[En
 
 def register(engine: Engine, flow: Flow) -> None:
     """What `prefect register` does with a flow's storage."""
-    storage = flow.storage
+    storage: Any = flow.storage
     storage.base_url = engine.url
     storage.registry_url = "registry.example"
     storage.dockerfile = "Dockerfile"
@@ -102,7 +102,7 @@ def test_a_broken_login_does_not_keep_from_registering(
 
 def test_the_storage_is_stored_as_prefects(flow: Flow) -> None:
     """The Agent of Prefect 1.4.1 reads it, and knows no storage of ours."""
-    storage = flow.storage
+    storage: Any = flow.storage
     stored = storage.serialize()
     assert stored["type"] == "Docker"
     plain = prefect.storage.Docker(

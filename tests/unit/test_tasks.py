@@ -1,4 +1,4 @@
-"""The tasks on a fake of the Docker daemon's HTTP: what a real daemon cannot be brought to do, and what needs none."""
+"""The tasks on a fake daemon: what a real one cannot be brought to do, and what needs none."""
 
 import inspect
 import json
@@ -26,7 +26,7 @@ REQUIRED = dict(
 )
 
 
-# -------------------------------------------------------------------------------------------- arguments
+# Arguments
 
 
 @pytest.mark.parametrize("name", NAMES)
