@@ -319,7 +319,8 @@ def test_sigterm_during_a_task(
     [
         "flow = flow_of(lambda: time.sleep(60))",
         "flow = flow_of(lambda: time.sleep(60), max_retries=3, retry_delay=timedelta(0))",
-        "with flow_of(lambda: None) as flow: task(lambda _: time.sleep(60), name='mapped').map([1, 2])",
+        "with flow_of(lambda: None) as flow: "
+        "task(lambda _: time.sleep(60), name='mapped').map([1, 2])",
     ],
     ids=["plain", "retried", "mapped"],
 )
@@ -370,7 +371,7 @@ flow = flow_of(run, sigterm_at("Success"))
 
 
 def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
-    """A pool answers each one by SystemExit. What the container writes at its end is in the logs all the same."""
+    """A pool answers each by SystemExit. What the container writes at its end is logged."""
     code = f"""
 from prefect.executors.dask import _multiprocessing_pool_initializer
 from flows.tasks import WaitOnContainer
