@@ -16,7 +16,7 @@ from prefect.utilities import logging as prefect_logging
 from prefect.utilities.logging import LOG_OVERHEAD
 
 BLOCK_BYTES = 1 << 14  # of output that waits and is dropped together, about
-WAITING_BLOCKS = 128  # that wait for room in Prefect's queue; then the oldest is dropped
+WAITING_BLOCKS = 80  # that wait for room in Prefect's queue; then the oldest is dropped
 QUEUE_BYTES = 2_500_000  # as sent; while more is in Prefect's queue, output waits here
 LINE_BYTES = 1 << 16  # a longer line is broken
 CHARACTER_BYTES = 14  # that a character takes as sent, at most: an emoji
