@@ -440,8 +440,8 @@ SOURCES = {
 }
 IMPORTS = """
 from prefect.run_configs import KubernetesRun
-from prefect.storage import Docker
 from flows.settings import PROJECT, Settings, load_job_template
+from flows.storage import Docker
 settings = Settings.from_environ()
 """
 

@@ -198,12 +198,7 @@ def messages() -> list[str]:
     return re.findall(r"^### `(.*)`$", text, re.M)
 
 
-PENDING = {  # of changes to flows/ that are on their way
-    "… did not answer within … s",
-    "… is a broken login: auth is not the base64 of USER:PASSWORD",
-    "… is no valid Docker configuration, and is not used",
-}
-OTHERS = PENDING | {  # what Docker, Kubernetes, Prefect Server and Python say
+OTHERS = {  # what Docker, Kubernetes, Prefect Server and Python say
     'violates PodSecurity "baseline:latest"',
     "exceeded quota",
     "… nodes are available",
