@@ -26,6 +26,7 @@ from prefect.engine.cloud import flow_runner, task_runner
 from prefect.engine.signals import ENDRUN
 from prefect.engine.state import Cancelled, Cancelling, Failed, Running, Scheduled, State
 from prefect.exceptions import ClientError
+from prefect.utilities import logging as prefect_logging
 
 from flows.daemon import ERRORS, connect
 
@@ -41,7 +42,7 @@ DUE_SECONDS = 3  # an Agent makes a pod for a task that has been due for so long
 CERTAIN_SECONDS = 300  # for so long nobody else gets a run that was taken: Lazarus waits 10 minutes
 STOP_GRACE_SECONDS = 5  # between SIGTERM and SIGKILL for a container that is stopped
 TASKS_GRACE_SECONDS = 6  # how long interrupted tasks have to stop their containers themselves
-END_SECONDS = 18  # how long an early end may take; Kubernetes sends SIGKILL after 30 s
+END_SECONDS = 16  # an early end is cut off then, within the 20 s that it may take under load
 
 # How Prefect Server refuses a request. Any other error says that a part of the server is down.
 _REFUSALS = (
@@ -131,28 +132,36 @@ class Run:
     def end_early(self, end: State | None) -> None:
         """Let all that runs end, and this process too: its main thread may not heed an interrupt.
 
-        If it does not end within END_SECONDS, the API is told of an end if one is given.
+        In a pod the process has ended after END_SECONDS. If the run has not come to its end until
+        then, the API is told of the end that is given.
         """
         if not self.is_ending_early:
             self.is_ending_early = True
             threading.Thread(target=self._end, args=[end], daemon=True).start()
 
     def _end(self, end: State | None) -> None:
-        deadline = time.monotonic() + END_SECONDS
+        hard_end = time.monotonic() + END_SECONDS
         self.over.wait(1)  # in a pod, tini sends SIGTERM to the processes of a pool as well
         for child in multiprocessing.active_children():  # of LocalDaskExecutor("processes")
             child.terminate()
         self.over.wait(TASKS_GRACE_SECONDS)
-        while time.monotonic() < deadline and not self.over.wait(1):
-            self.stop_containers()  # DaskExecutor waits for them
-        if self.over.is_set() or not self.in_pod:
+        threading.Thread(target=self._stop_until, args=[hard_end], daemon=True).start()
+        if not self.in_pod:
             return
-        if end is not None:
+        time.sleep(max(0, hard_end - time.monotonic()))
+        if end is not None and not self.over.is_set():
             self.start_report(end).join(1)
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
         os._exit(1 if isinstance(end, Failed) else 0)
+
+    def _stop_until(self, hard_end: float) -> None:
+        """Stop containers until the run is over, and once more. DaskExecutor waits for them."""
+        is_over = False
+        while not is_over and time.monotonic() < hard_end:
+            is_over = self.over.wait(1)
+            self.stop_containers()
 
 
 class RunClient(prefect.Client):
@@ -257,9 +266,17 @@ def begin(run_id: str, docker_server_urls: set[str], claim: State | None = None)
     in_pod = bool(prefect.context.get("running_with_backend"))
     _current = Run(run_id, docker_server_urls, in_pod, claim or new_claim())
     atexit.register(_current.stop_containers)
+    _repeat_uploads()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a program keeps a handler of its own
         _set_sigterm(_end_on_sigterm)
     return _current
+
+
+def _repeat_uploads() -> None:
+    """Let the upload of the last lines be repeated: at the exit Prefect's LogManager tries once."""
+    manager = prefect_logging.LOG_MANAGER
+    if manager.client is not None:
+        manager.client = RunClient()
 
 
 def finish() -> Run | None:

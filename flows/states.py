@@ -3,10 +3,10 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any
 
 import prefect
+from pendulum.parser import parse as parse_time
 from prefect.core.parameter import Parameter
 from prefect.engine import signals
 from prefect.engine.state import (
@@ -120,7 +120,7 @@ def _read(client: RunClient, run_id: str) -> _Record:
     found = client.graphql(query).data.flow_run_by_pk
     if found is None:
         raise _leave(Pending(), "it was deleted")
-    entries = sorted(found.states, key=lambda entry: datetime.fromisoformat(entry.timestamp))
+    entries = sorted(found.states, key=lambda entry: parse_time(entry.timestamp))
     return _Record(
         state=State.deserialize(found.serialized_state),
         history=[State.deserialize(entry.serialized_state) for entry in entries],

@@ -177,6 +177,16 @@ def time_of(text: str | None) -> datetime:
     return time if time.tzinfo else time.replace(tzinfo=timezone.utc)
 
 
+def timestamptz(time: datetime) -> str:
+    """A time as PostgreSQL gives it back: its fraction of a second without zeros at the end.
+
+    Python 3.10's `datetime.fromisoformat` refuses such a text.
+    """
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S")
+    fraction = f".{time.microsecond:06}".rstrip("0").rstrip(".")
+    return f"{seconds}{fraction}+00:00"
+
+
 def jsonb(value: Any) -> Any:
     """A value as PostgreSQL gives it back: the keys of objects by their length, then by name."""
     if isinstance(value, list):
@@ -620,4 +630,4 @@ class _Handler(QuietHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
-        self.wfile.write(json.dumps(answer, default=datetime.isoformat).encode())
+        self.wfile.write(json.dumps(answer, default=timestamptz).encode())

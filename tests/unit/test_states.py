@@ -15,9 +15,10 @@ import prefect
 import pytest
 from prefect import Client, Flow, Parameter, Task, task
 from prefect.engine.cloud import CloudFlowRunner
-from prefect.engine.state import Failed, Running, Submitted, Success, TriggerFailed
+from prefect.engine.state import Failed, Running, State, Submitted, Success, TriggerFailed
 from prefect.storage import Local
 from prefect.tasks.core.function import FunctionTask
+from prefect.triggers import manual_only
 from prefect.utilities.configuration import set_temporary_config
 from prefect.utilities.storage import extract_flow_from_file
 
@@ -25,7 +26,7 @@ from flows import states
 from flows.settings import PROJECT
 from flows.states import all_successful_or_first_failure, handle_pod_lifecycle
 from tests.support.fake_docker import ID, FakeDocker, frame
-from tests.support.prefect_api import FlowRun, PrefectAPI
+from tests.support.prefect_api import APOLLO_ERROR, FlowRun, PrefectAPI
 from tests.support.waiting import wait_for
 
 ALL_REQUESTS = [
@@ -229,6 +230,40 @@ def test_a_run_whose_pod_never_came_is_started_by_lazarus(
     assert run.state == "Success", str(run)
 
 
+@pytest.mark.parametrize("microsecond", [0, 123450])
+def test_a_run_starts_whatever_digits_the_times_of_its_states_have(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI, microsecond: int
+) -> None:
+    """PostgreSQL drops zeros at the end, and Python 3.10 reads three or six digits only."""
+    run = submitted(flow, api, image="app:1")
+    [scheduled] = run.states
+    scheduled.timestamp = scheduled.timestamp.replace(microsecond=microsecond)
+    execute(flow, run, fake)
+    assert run.state == "Success", str(run)
+
+
+def test_a_run_that_is_paused_before_its_containers_goes_on_in_another_pod(
+    fake: FakeDocker, api: PrefectAPI
+) -> None:
+    """The Agent makes a second pod for the task that is resumed."""
+    seen = []
+    with Flow("paused", state_handlers=[handle_pod_lifecycle]) as flow:
+        before = FunctionTask(lambda: seen.append("before"), name="before")()
+        approval = Task("approval", trigger=manual_only)(upstream_tasks=[before])
+        FunctionTask(lambda: seen.append("after"), name="after")(upstream_tasks=[approval])
+    run = submitted(flow, api)
+    execute(flow, run, fake)
+    assert (run.state, run.task_states["approval-1"]) == ("Running", "Paused"), str(run)
+
+    api.resume(run.id)
+    [paused] = [each for each in run.task_runs if each.task.slug == "approval-1"]
+    resumed = State.deserialize(paused.serialized_state)
+    Client().set_task_run_state(paused.id, Submitted("Submitted for execution", state=resumed))
+    execute(flow, run, fake)
+    assert run.state == "Success", str(run)
+    assert seen == ["before", "after"]
+
+
 OWN = """
 import multiprocessing, os, signal, time
 from datetime import timedelta
@@ -243,10 +278,12 @@ def sigterm_at(state):
     return handler
 
 def flow_of(run, *handlers, **options):
-    with Flow("own", state_handlers=[handle_pod_lifecycle, *handlers], terminal_state_handler=fail_with_cause) as flow:
+    handlers = [handle_pod_lifecycle, *handlers]
+    with Flow("own", state_handlers=handlers, terminal_state_handler=fail_with_cause) as flow:
         task(run, name="run", **options)()
     return flow
 """
+RUNNER = "prefect.engine.cloud.CloudFlowRunner"
 Process = subprocess.Popen[bytes]
 Start = Callable[[str], tuple[FlowRun, Process]]
 
@@ -267,7 +304,7 @@ def start(api: PrefectAPI, fake: FakeDocker, tmp_path: Path) -> Iterator[Start]:
                 "DOCKER_HOST": fake.url,
                 "PYTHONPATH": str(PROJECT),
                 "PREFECT__CONTEXT__FLOW_RUN_ID": run.id,
-                "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": "prefect.engine.cloud.CloudFlowRunner",
+                "PREFECT__ENGINE__FLOW_RUNNER__DEFAULT_CLASS": RUNNER,
                 "PREFECT__CLOUD__HEARTBEAT_MODE": "thread",
             }
             command = [sys.executable, "-m", "prefect", "execute", "flow-run"]
@@ -327,7 +364,7 @@ def test_sigterm_during_a_task(
 def test_sigterm_during_a_task_in_python(start: Start, code: str) -> None:
     run, process = start(code)
     name = "mapped-1[0]" if "mapped" in code else "run-1"
-    wait_for(lambda: run.task_states.get(name) == "Running", "the task runs", lambda: run)
+    wait_for(lambda: run.task_states.get(name) == "Running", "the task runs", lambda: run, 60)
     process.terminate()
     assert_ended_by_sigterm(run, process)
 
@@ -339,7 +376,7 @@ def test_sigterm_before_the_first_task(start: Start) -> None:
 def test_sigterm_to_a_run_that_is_being_cancelled(start: Start, api: PrefectAPI) -> None:
     """Prefect looks every 15 s whether a run is cancelled."""
     run, process = start("flow = flow_of(lambda: time.sleep(60))")
-    wait_for(lambda: run.task_states["run-1"] == "Running", "the task runs", lambda: run)
+    wait_for(lambda: run.task_states["run-1"] == "Running", "the task runs", lambda: run, 60)
     api.cancel(run.id)
     process.terminate()
     process.wait(60)
@@ -368,6 +405,28 @@ flow = flow_of(run, sigterm_at("Success"))
     assert (process.wait(60), run.state, run.task_states["run-1"]) == (0, "Success", "Success"), (
         str(run)
     )
+
+
+def test_the_last_lines_are_uploaded_again_if_the_api_answers_with_errors(
+    start: Start, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the exit of the process, where Prefect's LogManager tries once."""
+    answer = api.answer
+    run, process = start("flow = flow_of(lambda: None)")
+    refused = []
+
+    def refuse_two_uploads(request: Any, agent_id: str | None) -> tuple[int, Any]:
+        is_upload = "write_run_logs" in request["query"]
+        if is_upload and run.state == "Success" and len(refused) < 2:
+            refused.append(request)
+            return 200, {"data": None, "errors": [{"message": APOLLO_ERROR}]}
+        return answer(request, agent_id)
+
+    monkeypatch.setattr(api, "answer", refuse_two_uploads)
+    assert process.wait(90) == 0, str(run)
+    assert len(refused) == 2
+    logged = [str(log.message) for log in run.logs]
+    assert len([line for line in logged if "Flow run SUCCESS" in line]) == 1, str(run)
 
 
 def test_a_second_sigterm_to_a_process_of_a_pool(fake: FakeDocker) -> None:
