@@ -107,9 +107,11 @@ def host_options(given: Any) -> dict[str, Any]:
     options = _known(given, _parameters(HostConfig), "host_config")
     for name, value in options.items():
         where = f"host_config.{name}"
+        if value is None:
+            continue
         if name in _IGNORED:
             raise InvalidArgument(f"{where} has no effect: {_IGNORED[name]}")
-        if value is not None and name in _NESTED:
+        if name in _NESTED:
             options[name] = _NESTED[name](value, where)
         _try(where, value, HostConfig, VERSION, **{name: options[name]})
     # an option that is right on its own may not go with another one
@@ -132,9 +134,11 @@ def container_options(given: Any) -> dict[str, Any]:
     for name, value in options.items():
         if name in ("image", "command", "environment", "host_config"):
             raise InvalidArgument(f"{where}.{name}: {name} is a parameter of its own")
+        if value is None:
+            continue
         if name in _ELSEWHERE:
             raise InvalidArgument(f"{where}.{name} has no effect: write it in {_ELSEWHERE[name]}")
-        if value is not None and name in _NESTED:
+        if name in _NESTED:
             options[name] = _NESTED[name](value, f"{where}.{name}")
     in_request = _parameters(ContainerConfig)
     for name, value in options.items():
@@ -172,7 +176,9 @@ def _known(given: Any, names: Iterable[str], where: str) -> dict[str, Any]:
     for name, value in given.items():
         spelling = spellings.get(plain(str(name)))
         if spelling is None:
-            hint = nearest(str(name)[:80], spellings.values())
+            without_effect = {*_IGNORED, *_ELSEWHERE}
+            useful = [known for known in spellings.values() if known not in without_effect]
+            hint = nearest(str(name)[:80], useful)
             raise InvalidArgument(f"{where} has the unknown name {_shown(name)}: {hint}")
         if spelling in found:
             raise InvalidArgument(f"{where} has {spelling} twice")
@@ -323,14 +329,24 @@ _PORT = tuple(convert_port_bindings({"80": 80})["80/tcp"][0])  # HostIp, HostPor
 def _port_bindings(given: Any, where: str) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise InvalidArgument(f"{where} is {kind(given)}, not a mapping")
-    bindings = {}
+    bindings: dict[str, Any] = {}
     for port, binding in given.items():
         place = f"{where}[{_shown(port)}]"
-        if isinstance(binding, list):
+        if _is_address_and_port(binding):
+            bindings[port] = tuple(binding)
+        elif isinstance(binding, list):
             bindings[port] = [_port_binding(item, place) for item in binding]
         else:
             bindings[port] = _port_binding(binding, place)
     return bindings
+
+
+def _is_address_and_port(binding: Any) -> bool:
+    """Whether a list is what the SDK takes as a tuple: JSON has no tuples."""
+    if not isinstance(binding, list) or len(binding) != 2:
+        return False
+    address = binding[0]
+    return isinstance(address, str) and ("." in address or ":" in address)
 
 
 def _port_binding(given: Any, where: str) -> Any:
@@ -402,6 +418,13 @@ def _endpoint(given: Any, where: str) -> Any:
     return endpoint
 
 
+def _ports(given: Any, where: str) -> Any:
+    """Ports by number, or with their protocol, as 53 or [53, "udp"]."""
+    if isinstance(given, list):
+        return [tuple(port) if isinstance(port, list) else port for port in given]
+    return _only_names(given, where)
+
+
 def _only_names(given: Any, where: str) -> Any:
     """Volumes and ports: Docker takes their names, and ignores what a mapping has for them."""
     if isinstance(given, Mapping):
@@ -457,7 +480,7 @@ _NESTED: dict[str, Callable[[Any, str], Any]] = {
     "mounts": _mounts,
     "networking_config": _networking_config,
     "port_bindings": _port_bindings,
-    "ports": _only_names,
+    "ports": _ports,
     "restart_policy": _restart_policy,
     "ulimits": _ulimits,
     "volumes": _only_names,

@@ -44,18 +44,23 @@ CAUSES = (
     Cause("no space on the daemon", r"no space left|disk quota exceeded"),
     Cause(
         "too many requests",
-        rf"too ?many ?requests?|rate exceeded|quota exceeded|{_STATUS}429\b|(^|\s)429\s",
+        rf"too ?many ?requests?|rate limit|rate exceeded|quota exceeded|{_STATUS}429\b|(^|\s)429\s",
         transient=True,
     ),
     Cause(
         "registry in trouble",
-        rf"{_STATUS}50\d\b|(^|\s)50[0-4]\s|internal server error|bad gateway|service unavailable"
-        r"|gateway time-?out|remote auto blocked",
+        rf"{_STATUS}5\d\d\b|(^|\s)5(0[0-4]|2\d)\s|internal server error"
+        r"|bad gateway|service unavailable|gateway time-?out|remote auto blocked",
         transient=True,
         reached=False,
     ),
     Cause("proxy", r"proxy authentication|\s407\s", reached=False, advice=PROXY),
-    Cause("no trust", r"x509|HTTP response to HTTPS client|handshake failure", reached=False),
+    Cause(
+        "no trust",
+        r"x509|HTTP response to HTTPS client|handshake failure|bad certificate"
+        r"|certificate required|not look like a TLS",
+        reached=False,
+    ),
     Cause(
         "refused by a policy",
         r"configured policy|by policy|blocking policy|blocked by|has been blocked|quarantin|xray"

@@ -23,12 +23,21 @@ import prefect
 import psutil
 from prefect.client.client import FlowRunInfoResult
 from prefect.engine.cloud import flow_runner, task_runner
-from prefect.engine.signals import ENDRUN
-from prefect.engine.state import Cancelled, Cancelling, Failed, Running, Scheduled, State
+from prefect.engine.signals import ENDRUN, FAIL
+from prefect.engine.state import (
+    Cancelled,
+    Cancelling,
+    Failed,
+    Pending,
+    Running,
+    Scheduled,
+    State,
+)
 from prefect.exceptions import ClientError
 from prefect.utilities import logging as prefect_logging
 
 from flows.daemon import ERRORS, connect
+from flows.messages import abbreviated
 
 DEFAULT_DOCKER = "tcp://localhost:2375"  # the daemon of a pod, unless DOCKER_HOST names another
 LABEL = "prefect.flow-run-id"  # the label of a container that names its flow run
@@ -40,8 +49,11 @@ API_PATIENCE_SECONDS = 60  # how long a request is repeated that the API answers
 LOOKS = 2  # so often a run has to be found gone, finished or another's before it is given up
 DUE_SECONDS = 3  # an Agent makes a pod for a task that has been due for so long
 CERTAIN_SECONDS = 300  # for so long nobody else gets a run that was taken: Lazarus waits 10 minutes
+CLAIM_SECONDS = 10  # after so long nobody can take a run who has read it before it was taken
+DAEMON_PATIENCE_SECONDS = 5  # how long a daemon may take to name the run's containers
 STOP_GRACE_SECONDS = 5  # between SIGTERM and SIGKILL for a container that is stopped
 TASKS_GRACE_SECONDS = 6  # how long interrupted tasks have to stop their containers themselves
+UPLOAD_SECONDS = 2  # how long the last lines may take after that
 END_SECONDS = 16  # an early end is cut off then, within the 20 s that it may take under load
 
 # How Prefect Server refuses a request. Any other error says that a part of the server is down.
@@ -61,12 +73,24 @@ def new_claim() -> Running:
     return Running(f"{_RUNNING_IN}{socket.gethostname()} ({uuid.uuid4()})")
 
 
+def certain_until() -> float:
+    """Until when nobody else gets a run that is taken now, by the monotonic clock."""
+    return time.monotonic() + CERTAIN_SECONDS
+
+
 def task_run_states(client: prefect.Client, run_id: str) -> dict[str, State]:
     """The states of a run's tasks by their ids, those of mapped ones too."""
     where = f'where: {{ flow_run_id: {{ _eq: "{run_id}" }} }}'
     query = f"query {{ task_run({where}) {{ id serialized_state }} }}"
     task_runs = client.graphql(query).data.task_run
-    return {each.id: State.deserialize(each.serialized_state) for each in task_runs}
+    return {each.id: state_of(each.serialized_state) for each in task_runs}
+
+
+def state_of(serialized: dict[str, Any] | None) -> State:
+    """A state that the API has stored. A mapped task that has just been made has none yet."""
+    if serialized is None:
+        return Pending()
+    return State.deserialize(serialized)
 
 
 def _stop(client: docker.APIClient, container_id: str) -> None:
@@ -82,7 +106,7 @@ class Run:
     docker_server_urls: set[str]
     in_pod: bool = True  # or elsewhere, with the API as its backend
     claim: State = field(default_factory=new_claim)
-    since: float = field(default_factory=time.monotonic)
+    certain_until: float = field(default_factory=certain_until)
     over: threading.Event = field(default_factory=threading.Event)
     is_taken: bool = False  # by this process, so that its containers are this process's
     is_given_up: bool = False  # it is gone, finished, or another process has taken it
@@ -103,6 +127,7 @@ class Run:
         for url in self.docker_server_urls:
             with suppress(Exception):
                 client = connect(url)
+                client.timeout = DAEMON_PATIENCE_SECONDS
                 ids = [container["Id"] for container in client.containers(filters=ours)]
                 stops = [threading.Thread(target=_stop, args=[client, each]) for each in ids]
                 for stop in stops:
@@ -151,6 +176,10 @@ class Run:
         time.sleep(max(0, hard_end - time.monotonic()))
         if end is not None and not self.over.is_set():
             self.start_report(end).join(1)
+        # the last lines, which an exit of this kind would not upload
+        upload = threading.Thread(target=prefect_logging.LOG_MANAGER.stop, daemon=True)
+        upload.start()
+        upload.join(UPLOAD_SECONDS)
         for child in psutil.Process().children(recursive=True):
             with suppress(psutil.NoSuchProcess):
                 child.kill()
@@ -207,9 +236,24 @@ class RunClient(prefect.Client):
         if not self._has_a_due_task(flow_run_id):
             prefect.context.logger.info("Another process runs this flow run; this one ends")
             raise ENDRUN(info.state)
-        if str(info.state.message).startswith(_RUNNING_IN):
-            urls = {os.environ.get("DOCKER_HOST") or DEFAULT_DOCKER}
-            begin(flow_run_id, urls, info.state).is_taken = True
+        if not str(info.state.message).startswith(_RUNNING_IN):
+            return info
+        return self._take_over(flow_run_id)
+
+    def _take_over(self, flow_run_id: str) -> FlowRunInfoResult:
+        """Take a run from a process that may still be there, late for its own retry.
+
+        That process finds this one's claim before it starts a container. What it has started until
+        then is in the states of the tasks when this one goes on.
+        """
+        urls = {os.environ.get("DOCKER_HOST") or DEFAULT_DOCKER}
+        run = begin(flow_run_id, urls)
+        self.set_flow_run_state(flow_run_id, run.claim)
+        time.sleep(CLAIM_SECONDS)
+        info = super().get_flow_run_info(flow_run_id)
+        if not run.is_ours(info.state):
+            raise ENDRUN(info.state)
+        run.is_taken = True
         return info
 
     def _has_a_due_task(self, flow_run_id: str) -> bool:
@@ -244,6 +288,7 @@ class RunClient(prefect.Client):
             run.end_early(Cancelled(state.message))
             return info
         if run.is_ours(state):
+            self._strange_looks = 0
             return info
         self._strange_looks += 1
         if self._strange_looks < LOOKS:
@@ -260,11 +305,13 @@ flow_runner.Client = task_runner.Client = RunClient  # type: ignore[attr-defined
 _current: Run | None = None  # a process has one run
 
 
-def begin(run_id: str, docker_server_urls: set[str], claim: State | None = None) -> Run:
+def begin(run_id: str, docker_server_urls: set[str]) -> Run:
     """Begin with a run. SIGTERM ends it, and its containers end with this process."""
     global _current
     in_pod = bool(prefect.context.get("running_with_backend"))
-    _current = Run(run_id, docker_server_urls, in_pod, claim or new_claim())
+    if _current is not None:
+        atexit.unregister(_current.stop_containers)
+    _current = Run(run_id, docker_server_urls, in_pod)
     atexit.register(_current.stop_containers)
     _repeat_uploads()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a program keeps a handler of its own
@@ -294,11 +341,22 @@ def end_if_taken() -> None:
     Lazarus takes a run from a process that has not reached the API for ten minutes.
     """
     run = _current
-    if run is None or not run.in_pod or time.monotonic() - run.since < CERTAIN_SECONDS:
+    if run is None or not run.in_pod or time.monotonic() < run.certain_until:
         return
-    if not run.is_ours(RunClient().get_flow_run_state(run.id)):
+    try:
+        state = RunClient().get_flow_run_state(run.id)
+    except Exception as error:
+        cause = f"Prefect's API does not say which process has this run: {error}"
+        raise FAIL(abbreviated(cause, 500)) from None
+    if not run.is_ours(state):
         prefect.context.logger.warning("Another process has this run; this one ends")
         raise SystemExit
+
+
+def expect_others() -> None:
+    """Note that a task will be due again: an Agent may make another process for it."""
+    if _current is not None:
+        _current.certain_until = 0
 
 
 def _set_sigterm(handler: Any) -> None:
@@ -317,10 +375,12 @@ def _end_on_sigterm(number: int, _: object) -> None:
     raise KeyboardInterrupt
 
 
-def _default_sigterm() -> None:
+def _leave_all_to_the_parent() -> None:
+    if _current is not None:
+        _current.is_taken = False  # so that the end of the child stops no container
     if signal.getsignal(signal.SIGTERM) is _end_on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # A process that a task forks is ended by SIGTERM as usual.
-os.register_at_fork(after_in_child=_default_sigterm)
+os.register_at_fork(after_in_child=_leave_all_to_the_parent)

@@ -26,15 +26,14 @@ from prefect.tasks.docker import CreateContainer, PullImage
 
 from flows import runs
 from flows.messages import abbreviated
+from flows.runs import CLAIM_SECONDS, Run, RunClient, state_of
 from flows.runs import SIGTERM_CAUSE as SIGTERM_CAUSE
-from flows.runs import Run, RunClient
 
 LOST = (
     "The run's pod was lost, and nobody knows what its container has done. "
     "Restart the run to run all tasks again"
 )
 REQUESTS_SECONDS = 8  # how long reading and taking a run may last
-CLAIM_SECONDS = 10  # after so long nobody can take a run who has read it before it was taken
 _START_NO_CONTAINER = (Parameter, PullImage, CreateContainer)
 
 
@@ -122,10 +121,10 @@ def _read(client: RunClient, run_id: str) -> _Record:
         raise _leave(Pending(), "it was deleted")
     entries = sorted(found.states, key=lambda entry: parse_time(entry.timestamp))
     return _Record(
-        state=State.deserialize(found.serialized_state),
-        history=[State.deserialize(entry.serialized_state) for entry in entries],
+        state=state_of(found.serialized_state),
+        history=[state_of(entry.serialized_state) for entry in entries],
         task_runs=[
-            _TaskRun(each.id, each.task.slug, State.deserialize(each.serialized_state))
+            _TaskRun(each.id, each.task.slug, state_of(each.serialized_state))
             for each in found.task_runs
         ],
     )

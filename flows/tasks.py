@@ -39,7 +39,7 @@ from flows.output import OutputLog, newest_lines
 from flows.pull import NOT_HERE, Cause, Pull, cause_of, pull_signal, was_pulled
 from flows.runs import LABEL as LABEL
 from flows.runs import STOP_GRACE_SECONDS as STOP_GRACE_SECONDS
-from flows.runs import end_if_taken
+from flows.runs import end_if_taken, expect_others
 from flows.states import all_successful_or_first_failure
 from flows.watch import OUTPUT_GRACE_SECONDS, Watch, read
 
@@ -125,7 +125,10 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
             cause = cause_of(pull.error, message)
             if "platform" in options or not self._is_on_daemon(client, image, cause):
                 login_sent = bool(options["auth_config"])
-                raise pull_signal(image, message, cause, login_sent, config.faults)
+                problem = pull_signal(image, message, cause, login_sent, config.faults)
+                if isinstance(problem, signals.RETRY):
+                    expect_others()
+                raise problem
             message = abbreviated(message, 300)
             self.logger.warning(f"Pulling {image}: {message}; the image on the daemon is used")
             return image
@@ -254,9 +257,9 @@ class StartContainer(_DockerTask, prefect_docker.StartContainer):
         """Start the container. Raises FAIL if Docker cannot, and ValueError without an id."""
         if not container_id:
             raise ValueError("StartContainer: container_id must be provided.")
+        end_if_taken()
         with docker_errors_as_failures("Starting the container", docker_server_url):
             client = connect(docker_server_url)
-            end_if_taken()
             self.logger.debug(f"Starting the container {container_id}")
             call_sdk(client.start, container=container_id, **(extra_docker_kwargs or {}))
         self.logger.debug(f"Started the container {container_id}")

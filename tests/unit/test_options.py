@@ -297,3 +297,23 @@ def test_an_unknown_name_in_a_pull_is_refused(options: dict[str, Any], says: str
         pull_options(options)
     assert says in str(error.value)
     assert SECRET not in str(error.value)
+
+
+def test_null_is_as_good_as_nothing_for_an_option_without_effect() -> None:
+    assert host_options({"lxc_conf": None}) == {"lxc_conf": None}
+    assert container_options({"runtime": None}) == {"runtime": None}
+
+
+def test_json_has_lists_where_the_sdk_has_tuples() -> None:
+    assert container_options({"ports": [80, [53, "udp"]]})["ports"] == [80, (53, "udp")]
+    address = host_options({"port_bindings": {"80": ["127.0.0.1", 8080]}})
+    assert address["port_bindings"] == {"80": ("127.0.0.1", 8080)}
+    two_ports = host_options({"port_bindings": {"80": [8080, 8081]}})
+    assert two_ports["port_bindings"] == {"80": [8080, 8081]}
+
+
+def test_an_option_without_effect_is_no_advice() -> None:
+    with pytest.raises(InvalidArgument) as refusal:
+        host_options({"memory": "1g"})
+    assert "mem_limit" in str(refusal.value)
+    assert "kernel_memory" not in str(refusal.value)

@@ -37,6 +37,8 @@ MESSAGES = {
         "toomanyrequests: You have reached your pull rate limit. You may increase the limit by "
         "authenticating and upgrading: https://www.docker.com/increase-rate-limit",
         "toomanyrequests: You have reached your unauthenticated pull rate limit.",
+        "error from registry: You have reached your unauthenticated pull rate limit. "
+        "https://www.docker.com/increase-rate-limit",
         f"{HEAD}429 Too Many Requests: denied: slow down",
         # ECR, GAR, Harbor's proxy cache, Artifactory
         "toomanyrequests: Rate exceeded",
@@ -51,6 +53,7 @@ MESSAGES = {
         "error parsing HTTP 504 response body: invalid character '<' looking for a value",
         f"{RESOLVE}unexpected status from HEAD request to https://r.example/v2/a: 500 Internal",
         "httpReadSeeker: failed open: unexpected status code https://r.example/v2/a: 503 Service",
+        "received unexpected HTTP status: 520",  # Cloudflare
         "unknown: Remote Auto Blocked until 2024-08-13T07:45:05.681Z",  # Nexus
     ],
     "proxy": [
@@ -64,6 +67,9 @@ MESSAGES = {
         "has expired or is not yet valid",
         f"{GET}http: server gave HTTP response to HTTPS client",
         f"{GET}remote error: tls: handshake failure",
+        f"{GET}remote error: tls: bad certificate",
+        f"{GET}remote error: tls: certificate required",
+        f"{GET}tls: first record does not look like a TLS handshake",
     ],
     "refused by a policy": [
         # Harbor, with 412
