@@ -48,7 +48,7 @@ def test_a_process_whose_pull_is_retried_asks_before_it_starts_a_container(
 def test_an_api_that_does_not_answer_is_named(run: runs.Run, client: MagicMock) -> None:
     runs.expect_others()
     client.get_flow_run_state.side_effect = ConnectionError("refused")
-    with pytest.raises(signals.FAIL, match="Prefect's API does not say .*refused"):
+    with pytest.raises(signals.FAIL, match=r"Prefect's API does not say .*refused"):
         runs.end_if_taken()
 
 
