@@ -162,6 +162,13 @@ def anchors(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", LINKED, ids=page_name)
+def test_text_stands_between_two_tables(page: Path) -> None:
+    """Without it they look like one table."""
+    for token, next_token in itertools.pairwise(parsed(page)):
+        assert (token.type, next_token.type) != ("table_close", "table_open"), token.map
+
+
+@pytest.mark.parametrize("page", LINKED, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link in links_of(page):
         path, _, anchor = unquote(link).partition("#")
