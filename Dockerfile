@@ -7,8 +7,10 @@ FROM ${BASE_IMAGE}
 # hadolint ignore=DL3002
 USER 0
 WORKDIR /opt/docker-sidecar
-COPY requirements.txt ./
-RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.txt
+COPY requirements.txt requirements-build.txt ./
+# what builds a package without a wheel is locked as well, so pip must not fetch it by itself
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements-build.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes --no-build-isolation -r requirements.txt
 COPY flows flows/
 COPY job_templates job_templates/
 # the flow's user reads them, whatever the umask of who registers

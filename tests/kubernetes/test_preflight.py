@@ -352,19 +352,70 @@ def test_a_webhook_that_breaks_the_run(check: Check, place: str, patch: str, see
     assert "→ exempt these pods" in said
 
 
-def test_a_user_who_may_not_create_jobs(
-    check: Check, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The account of a pod, which may nothing: it may not look, and nothing is wrong."""
-    token = shell(f"kubectl create token default --namespace {place}").strip()
-    shell(f"kubectl delete rolebinding prefect-agent-rbac --namespace {place}")
+@pytest.fixture
+def as_developer(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Be an account that may nothing yet, here named as `kubectl create rolebinding` takes it."""
+    shell(f"kubectl create serviceaccount developer --namespace {place}")
+    token = shell(f"kubectl create token developer --namespace {place}").strip()
     config = yaml.safe_load(cluster.KUBECONFIG.read_text())
     config["users"][0]["user"] = {"token": token}
     other = tmp_path / "kubeconfig"
     other.write_text(yaml.safe_dump(config))
     monkeypatch.setattr(cluster, "KUBECONFIG", other)
+    return f"{place}:developer"
+
+
+@contextmanager
+def granted(account: str, namespace: str, verb: str, resources: str) -> Iterator[None]:
+    """An account may do something in a namespace."""
+    name = f"tests-{uuid.uuid4().hex[:8]}"
+    role = f"--verb={verb} --resource={resources}"
+    binding = f"--role={name} --serviceaccount={account}"
+    shell(f"kubectl create role {name} --namespace {namespace} {role}")
+    shell(f"kubectl create rolebinding {name} --namespace {namespace} {binding}")
+    try:
+        yield
+    finally:
+        shell(f"kubectl delete role,rolebinding {name} --namespace {namespace}")
+
+
+def outcomes(said: str) -> dict[str, str]:
+    """What was found of each check."""
+    return {line[13:30].strip(): line[:13].strip() for line in said.splitlines()}
+
+
+def test_a_user_who_may_nothing(check: Check, as_developer: str) -> None:
+    """The user may not look, and nothing is wrong."""
     said = check()
-    lines = {line[13:30].strip(): line for line in said.splitlines()}
-    assert lines["Job"].startswith("forbidden")
-    assert "you may neither create Jobs" in lines["Job"]
-    assert lines["Secret"].startswith("forbidden")
+    found = outcomes(said)
+    assert "you may neither create Jobs" in said
+    assert (found["Job"], found["Secret"]) == ("forbidden", "forbidden")
+
+
+def test_an_admin_under_the_policies(
+    check: Check, namespace: Namespace, templates: list[str]
+) -> None:
+    """deploy/ admits Jobs of the Agent and pods of the Job controller: it is asked as those."""
+    for name in templates:
+        said = check(NAMESPACE=namespace.name, SERVICE_ACCOUNT="prefect-agent", JOB_TEMPLATE=name)
+        found = outcomes(said)
+        assert (found["Job"], found["protection"]) == ("fine", "fine"), said
+
+
+def test_a_user_under_the_policies(check: Check, namespace: Namespace, as_developer: str) -> None:
+    """Who may not ask as the Agent does not hear whether the Agent would be admitted."""
+    there = {"NAMESPACE": namespace.name, "SERVICE_ACCOUNT": "prefect-agent"}
+    with granted(as_developer, namespace.name, "create", "jobs,pods"):
+        said = check(**there)
+        assert outcomes(said)["Job"] == "unsure"
+        assert "only the Agent may create Jobs here" in said
+        assert f"who may impersonate system:serviceaccount:{namespace.name}:prefect-agent" in said
+    with (
+        granted(as_developer, namespace.name, "impersonate", "serviceaccounts"),
+        granted(as_developer, namespace.name, "create", "localsubjectaccessreviews"),
+    ):
+        said = check(**there)
+        assert outcomes(said)["Job"] == "forbidden"
+        assert "the Job is fine, its pod was not tried" in said
+        with granted(as_developer, "kube-system", "impersonate", "serviceaccounts"):
+            assert outcomes(check(**there))["Job"] == "fine"

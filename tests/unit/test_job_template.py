@@ -13,6 +13,7 @@ import pytest
 from kubernetes_validate.utils import all_versions
 
 from flows.settings import load_job_template
+from scripts.base import DAEMON
 from tests.support import templates
 from tests.support.templates import daemon_of
 
@@ -72,9 +73,9 @@ def test_no_container_requests_the_disk_that_its_limit_allows(name: str) -> None
             assert "ephemeral-storage" in resources["requests"]
 
 
-def test_the_templates_name_one_docker() -> None:
+def test_the_templates_name_the_docker_that_the_scripts_provide() -> None:
     images = {daemon_of(template)["image"] for template in TEMPLATES.values()}
-    assert len(images) == 1
+    assert images == {DAEMON}
 
 
 def fields(part: Any, path: str = "") -> Iterator[tuple[str, Any]]:
