@@ -389,6 +389,16 @@ def test_without_an_engine_the_unit_tests_run(
     assert "left out" in said
 
 
+def test_on_a_mac_the_cluster_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pods' address of this machine is one of a Linux with the engine's networks."""
+    monkeypatch.setattr(engine, "find", MagicMock())
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert cluster.testable() == ["tests/unit", "tests/docker"]
+    assert "the cluster is left out" in capsys.readouterr().out
+
+
 def test_a_cluster_of_another_folder_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
