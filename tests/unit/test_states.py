@@ -413,7 +413,7 @@ def test_the_last_lines_are_uploaded_again_if_the_api_answers_with_errors(
     """At the exit of the process, where Prefect's LogManager tries once."""
     answer = api.answer
     run, process = start("flow = flow_of(lambda: None)")
-    refused = []
+    refused: list[Any] = []
 
     def refuse_two_uploads(request: Any, agent_id: str | None) -> tuple[int, Any]:
         is_upload = "write_run_logs" in request["query"]
