@@ -19,6 +19,7 @@ import docker
 import kubernetes.client
 import kubernetes.config
 import kubernetes.utils
+import yaml
 from docker.errors import ImageNotFound, NotFound
 
 from flows.settings import PROJECT
@@ -44,12 +45,7 @@ KUBECONFIG = PROJECT / ".kube" / "config"
 CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
-GVISOR = {
-    "apiVersion": "node.k8s.io/v1",
-    "kind": "RuntimeClass",
-    "metadata": {"name": "gvisor"},
-    "handler": "runsc",
-}
+RUNTIME_CLASS = PROJECT / "deploy" / "components" / "gvisor" / "runtime-class.yaml"
 # Processes of pytest, for two cores. Tests on a cluster mostly wait.
 WORKERS = {"tests/unit": 2, "tests/docker": 2, "tests/kubernetes": 5}
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
@@ -131,7 +127,7 @@ def _create_cluster(client: docker.DockerClient, options: list[str]) -> None:
     for name in (registry.REGISTRY, "docker.io"):
         _point_node_at(client, name, address)
     create(daemon_config(client, "default"))
-    create(GVISOR)
+    create(yaml.safe_load(RUNTIME_CLASS.read_text()))
 
 
 def _point_node_at(client: docker.DockerClient, registry_name: str, address: str) -> None:

@@ -264,7 +264,7 @@ def test_a_start_of_the_node_deletes_what_an_earlier_one_left(start_pod: StartPo
 
 def test_a_removal_that_takes_long_holds_nobody_up(start_pod: StartPod) -> None:
     run_shell(ready(start_pod({BOOT_ID: "earlier"})), "true")
-    pod = start_pod({"rm -rf {} +": "sleep 600 ;"})
+    pod = start_pod({"rm -rf {} +": "sleep 600 \\;"})
     wait_for(lambda: answers(pod), "dockerd answers", pod.logs, 30)
     assert "earlier" in folders(pod)
 
@@ -277,8 +277,11 @@ def test_a_removal_that_fails_keeps_nobody_from_starting(start_pod: StartPod) ->
     assert root_of(pod) == "/store/BOOT/0"
 
 
-def test_a_disk_that_is_nearly_full(start_pod: StartPod, small_disk: Volume) -> None:
-    """Slots that no daemon uses are emptied, with BuildKit's cache. The others are not touched."""
+def test_a_disk_that_is_nearly_full(small_disk: Volume, start_pod: StartPod) -> None:
+    """Slots that no daemon uses are emptied, with BuildKit's cache. The others are not touched.
+
+    The disk is the first argument, so that the pods that use it are removed before it.
+    """
     used, idle = start_pod(folder=small_disk), start_pod(folder=small_disk)
     for pod in (used, idle):
         with_a_layer(pod)

@@ -196,8 +196,10 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     readme("kubectl create secret docker-registry", expired)
     instead = {"flows": namespace.name, "registry.example.com": address, "=AWS": "=user"}
     resources = replaced(RENEW_LOGIN.read_text(), instead)
-    kubectl("create --filename -", resources)
-    request.addfinalizer(lambda: kubectl(f"delete namespace {namespace.name}-logins --wait=false"))
+    shell("kubectl create --filename -", stdin=resources)
+    request.addfinalizer(
+        lambda: shell(f"kubectl delete namespace {namespace.name}-logins --wait=false")
+    )
     *_, cron_job = yaml.safe_load_all(resources)
     pod = submit(template, command=FOREVER).container_writes("up")
 
