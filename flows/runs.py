@@ -29,6 +29,7 @@ from prefect.engine.state import (
     Cancelling,
     Failed,
     Pending,
+    Queued,
     Running,
     Scheduled,
     State,
@@ -49,7 +50,7 @@ API_PATIENCE_SECONDS = 60  # how long a request is repeated that the API answers
 LOOKS = 2  # so often a run has to be found gone, finished or another's before it is given up
 DUE_SECONDS = 3  # an Agent makes a pod for a task that has been due for so long
 CERTAIN_SECONDS = 300  # for so long nobody else gets a run that was taken: Lazarus waits 10 minutes
-CLAIM_SECONDS = 10  # after so long nobody can take a run who has read it before it was taken
+CLAIM_SECONDS = 10  # after so long a claim is in the history, under the time that it was written
 DAEMON_PATIENCE_SECONDS = 5  # how long a daemon may take to name the run's containers
 STOP_GRACE_SECONDS = 5  # between SIGTERM and SIGKILL for a container that is stopped
 TASKS_GRACE_SECONDS = 6  # how long interrupted tasks have to stop their containers themselves
@@ -76,6 +77,22 @@ def new_claim() -> Running:
 def certain_until() -> float:
     """Until when nobody else gets a run that is taken now, by the monotonic clock."""
     return time.monotonic() + CERTAIN_SECONDS
+
+
+def is_claim(state: State) -> bool:
+    """Whether a process has taken a run by this state."""
+    return state.is_running() and str(state.message).startswith(_RUNNING_IN)
+
+
+def first_claim(history: list[State]) -> State | None:
+    """The first claim since a run was scheduled or restarted for the last time."""
+    first = None
+    for state in history:
+        if isinstance(state, Scheduled | Queued):
+            first = None
+        elif first is None and is_claim(state):
+            first = state
+    return first
 
 
 def task_run_states(client: prefect.Client, run_id: str) -> dict[str, State]:
@@ -114,8 +131,7 @@ class Run:
 
     def is_ours(self, state: State) -> bool:
         """Whether nobody has ended the run, or taken it, by this state."""
-        is_a_claim = str(state.message).startswith(_RUNNING_IN)
-        if state.is_running() and is_a_claim:
+        if is_claim(state):
             return state.message == self.claim.message
         return not state.is_finished()
 
@@ -236,7 +252,7 @@ class RunClient(prefect.Client):
         if not self._has_a_due_task(flow_run_id):
             prefect.context.logger.info("Another process runs this flow run; this one ends")
             raise ENDRUN(info.state)
-        if not str(info.state.message).startswith(_RUNNING_IN):
+        if not is_claim(info.state):
             return info
         return self._take_over(flow_run_id)
 

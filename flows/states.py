@@ -17,6 +17,7 @@ from prefect.engine.state import (
     Pending,
     Queued,
     Resume,
+    Running,
     Scheduled,
     Skipped,
     State,
@@ -26,14 +27,13 @@ from prefect.tasks.docker import CreateContainer, PullImage
 
 from flows import runs
 from flows.messages import abbreviated
-from flows.runs import CLAIM_SECONDS, Run, RunClient, state_of
+from flows.runs import CLAIM_SECONDS, Run, RunClient, first_claim, is_claim, state_of
 from flows.runs import SIGTERM_CAUSE as SIGTERM_CAUSE
 
 LOST = (
     "The run's pod was lost, and nobody knows what its container has done. "
     "Restart the run to run all tasks again"
 )
-REQUESTS_SECONDS = 8  # how long reading and taking a run may last
 _START_NO_CONTAINER = (Parameter, PullImage, CreateContainer)
 
 
@@ -133,24 +133,32 @@ def _read(client: RunClient, run_id: str) -> _Record:
 def _take_run(client: RunClient, run: Run) -> list[State]:
     """Take a run for this process, or leave it to another one; return its states until then.
 
-    If another process may be on its way, this one writes its claim, waits, and looks whether the
-    claim stands. No two pass: who reads that a run is free writes within REQUESTS_SECONDS or leaves
-    it. So who overwrites a claim does it before that claim is looked at, and the first one leaves.
+    If another process may be on its way, this one writes its claim, and the first claim in the
+    history has the run. A claim that is written is in the history after CLAIM_SECONDS at the
+    latest, so whoever finds its own claim first then is the only one.
     """
-    began = time.monotonic()
     record = _read(client, run.id)
     if record.state.is_running() or record.state.is_finished():
         raise _leave(record.state, f"it is {type(record.state).__name__}")
     if _processes_on_their_way(record.history) > 1:
         client.set_flow_run_state(run.id, run.claim)
-        if time.monotonic() - began > REQUESTS_SECONDS:
-            raise _leave(record.state, "the API is too slow to tell which process has it")
+        _leave_to_an_earlier_claim(client, run)
         time.sleep(CLAIM_SECONDS)
-        state = client.get_flow_run_state(run.id)
-        if not isinstance(state, Cancelling) and state.message != run.claim.message:
-            raise _leave(state, "another process has it")
+        _leave_to_an_earlier_claim(client, run)
     run.is_taken = True
     return record.history
+
+
+def _leave_to_an_earlier_claim(client: RunClient, run: Run) -> None:
+    """Leave a run that another process claimed before. The first claim stands again."""
+    record = _read(client, run.id)
+    first = first_claim(record.history)
+    if first is None:
+        raise _leave(record.state, f"it is {type(record.state).__name__}")
+    if is_claim(record.state) and record.state.message != first.message:
+        client.set_flow_run_state(run.id, Running(first.message))
+    if first.message != run.claim.message:
+        raise _leave(record.state, "another process has it")
 
 
 def _processes_on_their_way(history: list[State]) -> int:

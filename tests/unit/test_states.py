@@ -191,6 +191,37 @@ def test_a_process_that_finds_the_run_running_leaves_it_alone(
     assert fake.requests == []
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_of_two_claims_the_first_one_has_the_run(
+    flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """Both processes have read that the run is free, and one of them is late."""
+    monkeypatch.setattr("flows.states.CLAIM_SECONDS", 0.1)
+    other = Running("Running in another pod")
+    run = submitted(flow, api, image="app:1")
+    api.set_state(run.id, Submitted())
+    api.lose_heartbeats(run.id)
+    answer = api.answer
+
+    def with_another_claim(request: Any, agent_id: str | None) -> tuple[int, Any]:
+        is_claiming = "set_flow_run_states" in request["query"] and run.state == "Scheduled"
+        if is_claiming and when == "before":
+            api.set_state(run.id, other)
+        answered = answer(request, agent_id)
+        if is_claiming and when == "after":
+            api.set_state(run.id, other)
+        return answered
+
+    monkeypatch.setattr(api, "answer", with_another_claim)
+    execute(flow, run, fake)
+    if when == "before":
+        assert (run.state, run.message) == ("Running", other.message), str(run)
+        assert fake.requests == []
+    else:
+        assert run.state == "Success", str(run)
+        assert len(fake.asked("POST /containers/start")) == 1
+
+
 def test_a_restarted_run_that_lazarus_reschedules_runs(
     flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
