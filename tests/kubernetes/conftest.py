@@ -14,6 +14,7 @@ from prefect.run_configs import KubernetesRun
 
 from flows.settings import load_job_template
 from scripts import cluster
+from scripts.base import DAEMON
 from scripts.registry import registry_address
 from tests.support.admin import copy_of_deploy
 from tests.support.containers import archive
@@ -26,7 +27,7 @@ from tests.support.registries import private_registry, wait_until_it_listens
 from tests.support.session import WORKER, set_up_before_workers
 from tests.support.shell import shell
 from tests.support.submitted_runs import AGENT_LABELS, Submit, SubmittedRun, start
-from tests.support.templates import TEMPLATES, Template
+from tests.support.templates import NO_SUCH_DAEMON, TEMPLATES, Template
 
 TIMEOUT = 400  # seconds, of a test that names none
 # The folders for layers that the tests' namespace admits, beside the template's own.
@@ -82,6 +83,7 @@ def namespace(
     settings = {
         "namespace": NAMESPACE,
         "api": os.environ["DOCKER_SIDECAR_TESTS_API"],
+        "daemonImages": f"{DAEMON} {NO_SUCH_DAEMON}",
         "stores": " ".join(["/var/lib/docker-sidecar", *STORES]),
     }
     folder = copy_of_deploy(tmp_path_factory.mktemp("admin"), settings)

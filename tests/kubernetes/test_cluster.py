@@ -21,7 +21,7 @@ from tests.support.submitted_runs import (
     SubmittedRun,
     start,
 )
-from tests.support.templates import daemon_of, edited
+from tests.support.templates import NO_SUCH_DAEMON, daemon_of, edited
 
 # A command that goes on until SIGTERM, and that a test can talk to.
 TALKS = """
@@ -336,12 +336,10 @@ def test_a_flow_that_cannot_start_is_found_by_the_agent(submit: Submit, command:
 
 
 @pytest.mark.timeout(700)
-def test_a_daemons_image_that_cannot_be_pulled_is_found_by_the_agent(
-    submit: Submit, small_image: str
-) -> None:
+def test_a_daemons_image_that_cannot_be_pulled_is_found_by_the_agent(submit: Submit) -> None:
     """With docker_sidecar: the Agent does not look at init containers."""
     image = daemon_of(load_job_template("docker_sidecar"))["image"]
-    run = submit(edited("docker_sidecar", image, f"{small_image}-not"), command="true")
+    run = submit(edited("docker_sidecar", image, NO_SUCH_DAEMON), command="true")
     run.reaches("Failed", timeout=60 + 2 * HEARTBEAT)
     run.job_ends(2 * HEARTBEAT)
 
@@ -381,7 +379,7 @@ class Configured:
         readme("kubectl --namespace flows create configmap docker-sidecar", self.instead)
 
     def create_secret(self) -> None:
-        readme("kubectl create secret docker-registry", self.instead)
+        readme("kubectl create secret docker-registry docker-sidecar", self.instead)
 
     def run(self) -> SubmittedRun:
         return self.submit(self.template, image=self.image, command="ip link show eth0")

@@ -232,10 +232,12 @@ def test_with_the_mirror_thirty_runs_download_an_image_from_docker_hub_once(
         ours.run("native_sidecar", image=f"{hub.name}:1", command="true").succeeds()
         downloaded = hub.requests("GET") - pushed
         assert downloaded > 0, "the first run's image came from there"
-        runs = [
-            ours.run("native_sidecar", image=f"{hub.name}:1", command="true") for _ in range(29)
-        ]
-        for run in runs:
-            run.succeeds(timeout=500)
+        for count in [5, 5, 5, 5, 5, 4]:  # at once; more are too many for a small node
+            runs = [
+                ours.run("native_sidecar", image=f"{hub.name}:1", command="true")
+                for _ in range(count)
+            ]
+            for run in runs:
+                run.succeeds()
         assert hub.requests("GET") - pushed == downloaded
         assert hub.requests("HEAD") > 0

@@ -6,6 +6,8 @@ from typing import Any
 from flows.settings import JOB_TEMPLATES, load_job_template
 
 Template = dict[str, Any]
+# the policies of the tests' namespace admit it, and no registry has it
+NO_SUCH_DAEMON = "docker:no-such-dind"
 TEMPLATES = sorted(path.stem for path in JOB_TEMPLATES.glob("*.yaml"))
 
 
