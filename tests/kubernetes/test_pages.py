@@ -193,7 +193,7 @@ def test_a_login_that_is_renewed_between_two_pulls_by_one_process(
     literals = f"--from-literal=daemon.json='{mirror}' --from-literal=ca.crt='{ca}'"
     kubectl(f"create configmap with-a-ca {literals}")
     expired = {"registry.example.com": address, "password=password": "password=expired"}
-    readme("kubectl create secret docker-registry", expired)
+    readme("kubectl create secret docker-registry docker-sidecar", expired)
     instead = {"flows": namespace.name, "registry.example.com": address, "=AWS": "=user"}
     resources = replaced(RENEW_LOGIN.read_text(), instead)
     shell("kubectl create --filename -", stdin=resources)
