@@ -319,6 +319,7 @@ class RunClient(prefect.Client):
 # The runners make their clients by this name.
 flow_runner.Client = task_runner.Client = RunClient  # type: ignore[attr-defined]
 _current: Run | None = None  # a process has one run
+_is_forking = False
 
 
 def begin(run_id: str, docker_server_urls: set[str]) -> Run:
@@ -388,10 +389,23 @@ def _end_on_sigterm(number: int, _: object) -> None:
     if _current.in_pod:
         _current.start_report(cause)
     _current.end_early(cause)
-    raise KeyboardInterrupt
+    # Python ignores what is raised while a process forks, and logging's lock would stay locked.
+    if not _is_forking:
+        raise KeyboardInterrupt
+
+
+def _before_fork() -> None:
+    global _is_forking
+    _is_forking = True
+
+
+def _after_fork() -> None:
+    global _is_forking
+    _is_forking = False
 
 
 def _leave_all_to_the_parent() -> None:
+    _after_fork()
     if _current is not None:
         _current.is_taken = False  # so that the end of the child stops no container
     if signal.getsignal(signal.SIGTERM) is _end_on_sigterm:
@@ -399,4 +413,8 @@ def _leave_all_to_the_parent() -> None:
 
 
 # A process that a task forks is ended by SIGTERM as usual.
-os.register_at_fork(after_in_child=_leave_all_to_the_parent)
+os.register_at_fork(
+    before=_before_fork,
+    after_in_parent=_after_fork,
+    after_in_child=_leave_all_to_the_parent,
+)

@@ -199,7 +199,7 @@ def test_ten_seconds_without_what_is_behind_apollo(
     script = "echo first; sleep 4; echo last; exit 3"
     run = processes.create_run(code(image, script=script, n=1))
     process = processes.start(run)
-    wait_for(lambda: run.logs, "the process asks the API", lambda: run, 60)
+    wait_for(lambda: run.state == "Running", "the process has the run", lambda: run, 60)
     if moment != "at the start":
         wait_for(lambda: running(run, sidecar.client), "the container runs", lambda: run, 60)
     if moment == "at the exit":

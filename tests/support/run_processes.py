@@ -57,9 +57,10 @@ class RunProcesses:
 
     def create_run(self, code: str) -> FlowRun:
         """Create a run of the flow in some code, and let it be Submitted as by an Agent."""
-        self._script.write_text(code)
-        flow = extract_flow_from_file(str(self._script))
-        flow.storage = Local(path=str(self._script), stored_as_script=True)
+        script = self._script.with_stem(f"flow_{len(self.api.flow_runs)}")  # others read theirs
+        script.write_text(code)
+        flow = extract_flow_from_file(str(script))
+        flow.storage = Local(path=str(script), stored_as_script=True)
         flow.storage.add_flow(flow)
         run = self.api.flow_runs[self.api.create_flow_run(register(flow))]
         self.api.set_state(run.id, Submitted("Submitted for execution"))
