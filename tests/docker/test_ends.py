@@ -212,5 +212,5 @@ def test_ten_seconds_without_what_is_behind_apollo(
     assert process.wait(60) == 0
     assert run.state == "Failed", run
     assert "code 3" in str(run.message), run
-    logged = [str(log.message) for log in run.logs]
-    assert logged.count("first") == logged.count("last") == 1, run
+    lines = "\n".join(str(log.message) for log in run.logs).split("\n")
+    assert lines.count("first") == lines.count("last") == 1, lines

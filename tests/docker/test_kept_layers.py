@@ -130,6 +130,8 @@ def with_a_layer(pod: Container) -> Container:
     run_shell(ready(pod), LAYER)
     run_shell(pod, "docker create --name stale --volume stale:/v kept:1 true")
     run_shell(pod, "docker network create stale")
+    # The next pod removes networks that are older than its start, in whole seconds.
+    run_shell(pod, "now=$(date +%s); until [ $(date +%s) -gt $now ]; do sleep 0.1; done")
     return pod
 
 

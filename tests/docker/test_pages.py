@@ -22,6 +22,7 @@ from tests.support import pages
 from tests.support.containers import PREFECT_IMAGE, import_busybox, running_container
 from tests.support.daemons import Daemon, private_network, run_daemon
 from tests.support.local_runs import RunFlow
+from tests.support.make import without_make
 from tests.support.pages import console, example, parameters
 from tests.support.shell import replaced
 
@@ -63,6 +64,7 @@ def assert_session(command: str, shown: str) -> None:
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=PROJECT,
+        env=without_make(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
