@@ -1,10 +1,8 @@
 """kept_layers on a cluster: slots of a node, and what kubelet does when a daemon does not start."""
 
 from collections.abc import Callable
-from statistics import median
 from typing import Any
 
-from flows.settings import load_job_template
 from tests.support.kubectl import kubectl, on_node
 from tests.support.namespaces import RunningPod
 from tests.support.submitted_runs import FOREVER, Submit, SubmittedRun
@@ -91,22 +89,3 @@ def test_a_configuration_that_dockerd_refuses_costs_no_layers(submit: Submit, st
     refused.job_ends()
     daemon_of(kept.template)["args"] = good
     kept.run("true").succeeds("Image is up to date")
-
-
-def test_a_run_is_as_soon_a_success_as_with_native_sidecar(submit: Submit, store: str) -> None:
-    """In turn, five times. A busy machine may be half a second late."""
-    templates = {
-        "native_sidecar": load_job_template("native_sidecar"),
-        "kept_layers": KeptLayers(submit, store).template,
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in templates}
-    for _ in range(5):
-        for name, template in templates.items():
-            run = submit(template, command="true")
-            run.succeeds()
-            run.job_ends()
-            created = run.namespace.job_created(run.record.id)
-            success = next(each for each in run.record.states if each.state == "Success")
-            seconds[name].append((success.timestamp - created).total_seconds())
-    limit = 1.05 * median(seconds["native_sidecar"]) + 0.5
-    assert median(seconds["kept_layers"]) <= limit, seconds
