@@ -31,11 +31,7 @@ BLOCKING = ("wrong", "not checked")  # outcomes without which a later check cann
 
 CHECKS = (
     Check(name="settings", look=settings_are_valid),
-    Check(
-        name="engine",
-        look=engine_answers,
-        remedy="prefect register builds the flow's image with one",
-    ),
+    Check(name="engine", look=engine_answers),
     Check(
         name="cluster",
         look=cluster_answers,
@@ -45,10 +41,7 @@ CHECKS = (
         name="namespace",
         look=namespace_exists,
         needs=("cluster",),
-        remedy=(
-            "kubectl create namespace {namespace} && kubectl label --overwrite namespace "
-            "{namespace} pod-security.kubernetes.io/enforce=privileged"
-        ),
+        remedy="kubectl apply -k deploy makes it; or give another NAMESPACE",
     ),
     Check(
         name="Job",
@@ -67,9 +60,8 @@ CHECKS = (
         look=agent_has_its_rights,
         needs=("namespace",),
         remedy=(
-            "kubectl create role agent --namespace {namespace} --verb=create,list,delete "
-            "--resource=jobs,pods,events && kubectl create rolebinding agent "
-            "--namespace {namespace} --role=agent --serviceaccount={namespace}:{account}"
+            "kubectl apply -k deploy makes its account and its Role; "
+            "or give its own account as SERVICE_ACCOUNT"
         ),
     ),
     Check(name="protection", look=deployed_objects_exist, needs=("namespace",)),
@@ -104,7 +96,7 @@ def main() -> None:
     except given.UnknownParameter as error:
         sys.exit(f"preflight: {error}")
     setup = Setup(
-        namespace=place.get("NAMESPACE") or "default",
+        namespace=place.get("NAMESPACE") or "flows",
         account=place.get("SERVICE_ACCOUNT") or "prefect-agent",
         project=place.get("PROJECT", ""),
     )
@@ -131,6 +123,8 @@ def _look(check: Check, setup: Setup) -> tuple[str, str]:
     remedy = finding.remedy
     if not remedy and isinstance(finding, CheckFailed):
         remedy = check.remedy.format(namespace=setup.namespace, account=setup.account)
+    if not remedy and isinstance(finding, Forbidden):
+        remedy = "have an admin run make preflight"
     if remedy:
         return finding.outcome, f"{finding} → {remedy}"
     return finding.outcome, str(finding)

@@ -61,7 +61,7 @@ class Check:
         name: what is checked.
         look: returns what is fine, or raises; a Finding says what it found.
         needs: names of checks without whose result this one cannot look.
-        remedy: what to do if it is wrong. {namespace}, {account} and {config} are filled in.
+        remedy: what to do if it is wrong. {namespace} and {account} are filled in.
     """
 
     name: str

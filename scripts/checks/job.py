@@ -19,7 +19,7 @@ CONTROLLERS = ("kube-system", "job-controller")  # who creates the pods of Jobs
 DRY_RUN = {"dryRun": "All", "fieldValidation": "Strict"}
 FIND_WEBHOOK = (
     "exempt these pods from what does it: "
-    "kubectl get mutatingwebhookconfigurations,mutatingadmissionpolicies"
+    "kubectl get mutatingwebhookconfigurations; kubectl get mutatingadmissionpolicies"
 )
 
 

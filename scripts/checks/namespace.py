@@ -8,13 +8,14 @@ from typing import Any
 from urllib.parse import quote
 
 from flows.docker_config import usable_login
+from flows.settings import JOB_TEMPLATES, load_job_template
 from scripts.base import NAME
 from scripts.checks.check import CheckFailed, Setup, Unsure
 from scripts.checks.kubernetes_api import KubernetesAPI, namespaced
 
 # What the Agent of Prefect 1.4.1 does in the cluster, see its agent.py; its rbac.yaml grants more.
 RIGHTS = ("create jobs", "list jobs", "delete jobs", "list pods", "list events")
-POLICIES = "/apis/admissionregistration.k8s.io/v1/validatingadmissionpolicybindings"
+ADMISSION = "/apis/admissionregistration.k8s.io/v1"
 
 
 def cluster_answers(setup: Setup) -> str:
@@ -52,8 +53,9 @@ def deployed_objects_exist(setup: Setup) -> str:
         f"resourcequota {NAME}": f"/api/v1/{here}/resourcequotas/{NAME}",
     }
     for policy in ("pods", "users"):
-        binding = f"{NAME}-{policy}.{setup.namespace}"
-        paths[f"validatingadmissionpolicybinding {binding}"] = f"{POLICIES}/{binding}"
+        name = f"{NAME}-{policy}.{setup.namespace}"
+        paths[f"policy {name}"] = f"{ADMISSION}/validatingadmissionpolicies/{name}"
+        paths[f"binding of {name}"] = f"{ADMISSION}/validatingadmissionpolicybindings/{name}"
     missing = []
     for name, path in paths.items():
         if setup.api.get(path) is None:
@@ -128,7 +130,10 @@ def daemon_config_is_usable(setup: Setup) -> str:
     except (TypeError, ValueError) as error:
         raise CheckFailed(f"the daemon.json of {NAME} is not a JSON object: {error}") from None
     # dockerd does not start if a flag, as --host, names what its configuration, as "hosts", names
-    flags = json.dumps(setup.settings.job_template)
+    templates = [setup.settings.job_template]
+    if setup.settings.job_template is None:  # the Agent reads it at each run
+        templates = [load_job_template(path.stem) for path in JOB_TEMPLATES.glob("*.yaml")]
+    flags = json.dumps(templates)
     wrong = [option for option in options if _is_a_flag(option, flags)]
     if "data-root" in options:  # the store has to be the volume
         wrong.append("data-root")
@@ -151,8 +156,12 @@ def logins_are_usable(setup: Setup) -> str:
     if found["type"] != "kubernetes.io/dockerconfigjson":
         raise CheckFailed(f"{NAME} is of type {found['type']}, not kubernetes.io/dockerconfigjson")
     text = base64.b64decode(found["data"][".dockerconfigjson"])
-    auths = json.loads(text).get("auths") or {}  # Kubernetes admits only JSON
+    content = json.loads(text)  # Kubernetes admits only JSON
+    auths = content.get("auths") or {}
     faults = []
+    for name in ("credsStore", "credHelpers"):
+        if content.get(name):
+            faults.append(f"{name} names a program, which the flow's image does not have")
     for registry, entry in auths.items():
         try:
             login = usable_login(registry, entry)

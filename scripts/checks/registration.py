@@ -36,7 +36,7 @@ def engine_answers(setup: Setup) -> str:
     chosen = os.environ.get("DOCKER_HOST")
     client = engine.find()
     if client is None:
-        raise CheckFailed("no Docker engine answers")
+        raise CheckFailed(engine.how_to_get_one())
     url = os.environ["DOCKER_HOST"]
     if not chosen and url != ContextAPI.DEFAULT_CONTEXT.Host:
         raise CheckFailed(
@@ -70,7 +70,11 @@ def agent_asks_for_runs(setup: Setup) -> str:
         takes_ours = ours <= labels and bool(ours) == bool(labels)
         if takes_ours and (agent["last_queried"] or "") > since:
             return f"one with {wanted} asks for runs"
-    raise Unsure(f"no Agent with {wanted} has asked for runs in the last 5 minutes")
+    log = f"kubectl logs deployment/prefect-agent --namespace {setup.namespace}"
+    raise Unsure(
+        f"no Agent with {wanted} has asked for runs in the last 5 minutes",
+        f"{log}; FLOW_LABELS must be the label in deploy/settings.yaml",
+    )
 
 
 def _graphql(query: str, **variables: str) -> Any:

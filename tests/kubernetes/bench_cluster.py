@@ -1,6 +1,5 @@
 """What a run costs on the cluster: `make bench` runs this, `make test` does not."""
 
-import json
 import re
 import uuid
 from collections.abc import Callable
@@ -48,7 +47,7 @@ def quiet(namespace: Namespace) -> Callable[[], None]:
             namespace.name, propagation_policy="Background"
         )
         wait_for(lambda: not namespace.pods(LABEL), "no run is left", namespace.report, 120)
-        on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar-bench-*; sync")
+        on_node("sh", "-c", "rm -rf /var/lib/docker-sidecar; sync")
 
     return quiet
 
@@ -98,13 +97,6 @@ def ends_of_containers(run: SubmittedRun) -> list[datetime]:
     return sorted(datetime.fromisoformat(f"{time}+00:00") for time in ended)
 
 
-def template(name: str) -> dict[str, Any]:
-    """A template; if it keeps its layers on the node, then in a folder of this run's own."""
-    text = json.dumps(load_job_template(name))
-    path = "/var/lib/docker-sidecar"
-    return dict(json.loads(text.replace(path, f"{path}-bench-{uuid.uuid4()}")))
-
-
 def plain(namespace: Namespace, spec: dict[str, Any]) -> Row:
     """Run a Job without an Agent and without the flow."""
     name = f"plain-{uuid.uuid4()}"
@@ -146,7 +138,7 @@ def test_a_run_and_a_plain_job(
     image = f"{registry.REGISTRY}/{SMALL_IMAGE}"  # as the node calls it
     spec = {"containers": [{"name": "plain", "image": image, "command": ["true"]}]}
     calls: dict[str, Callable[[], Row]] = {
-        name: partial(measure, template(name)) for name in templates
+        name: partial(measure, load_job_template(name)) for name in templates
     }
     calls[PLAIN] = partial(plain, namespace, spec)
     runs = in_turn(5, calls)
@@ -172,7 +164,7 @@ def test_the_first_pull(
     def by_hand() -> Row:
         """Pull and run by the Docker CLI, in native_sidecar's pod."""
         quiet()
-        spec = template("native_sidecar")["spec"]["template"]["spec"]
+        spec = load_job_template("native_sidecar")["spec"]["template"]["spec"]
         script = f"""
             until docker version; do sleep 0.1; done
             docker pull --quiet {PREFECT_IMAGE}
@@ -186,13 +178,13 @@ def test_the_first_pull(
 
     def first_of_two() -> Row:
         """The first run on an empty store; the second one goes to ``again``."""
-        job = template("kept_layers")
+        job = load_job_template("kept_layers")
         first = measure(job, image=PREFECT_IMAGE)
         again.append(measure(job, again=True, image=PREFECT_IMAGE))
         return first
 
     calls: dict[str, Callable[[], Row]] = {
-        name: partial(measure, template(name), image=PREFECT_IMAGE) for name in templates
+        name: partial(measure, load_job_template(name), image=PREFECT_IMAGE) for name in templates
     }
     calls["kept_layers"] = first_of_two
     runs = in_turn(5, {**calls, BY_HAND: by_hand})

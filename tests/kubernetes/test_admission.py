@@ -33,6 +33,7 @@ DEVELOPER = "a developer with edit"
 AGENT = "the Agent"
 CONTROLLER = "the Job controller"
 ADMIN = "an admin"
+CONTROLLER_MANAGER = "all controllers, on a cluster where they have one name"
 
 # What the answers say.
 ADMITTED = "admitted"
@@ -70,6 +71,7 @@ class Place:
             DEVELOPER: f"developer-{self.namespace}",
             AGENT: f"system:serviceaccount:{self.namespace}:prefect-agent",
             CONTROLLER: "system:serviceaccount:kube-system:job-controller",
+            CONTROLLER_MANAGER: "system:kube-controller-manager",
         }
         return {"Impersonate-User": names[user]} if user in names else {}
 
@@ -106,6 +108,7 @@ PODS = in_namespace("api/v1", "pods")
 JOBS = in_namespace("apis/batch/v1", "jobs")
 DEPLOYMENTS = in_namespace("apis/apps/v1", "deployments")
 CONFIG_MAPS = in_namespace("api/v1", "configmaps")
+SERVICES = in_namespace("api/v1", "services")
 
 
 def pod(security: Body | None = None, **spec: Any) -> Body:
@@ -328,6 +331,24 @@ CHANGES = {
         None,
         {DEVELOPER: WHO, ADMIN: ADMITTED},
     ),
+    "a port of the pod, by the API server's proxy": (
+        "GET",
+        PODS + "/{pod}:8080/proxy/?path=any",
+        None,
+        {DEVELOPER: WHO, ADMIN: ADMITTED},
+    ),
+    "a port behind a Service, by the API server's proxy": (
+        "GET",
+        SERVICES + "/any:8080/proxy/?path=any",
+        None,
+        {DEVELOPER: WHO, ADMIN: ADMITTED},
+    ),
+    "the number of Agents": (
+        "PATCH",
+        DEPLOYMENTS + "/prefect-agent/scale",
+        {"spec": {"replicas": 0}},
+        {DEVELOPER: WHO, AGENT: RBAC, ADMIN: ADMITTED},
+    ),
     "the run's Job": (
         "PATCH",
         JOBS + "/{job}",
@@ -382,9 +403,11 @@ def applied(folder: Path, namespace: str, *components: str) -> Iterator[Place]:
     runtime_class_is_there_already(folder)
     shell("kubectl apply -k deploy", folder)
     try:
-        edit = f"--clusterrole=edit --user=developer-{namespace} --namespace {namespace}"
-        shell(f"kubectl create rolebinding developers {edit}")
         place = Place(namespace)
+        for number, user in enumerate((DEVELOPER, CONTROLLER_MANAGER)):
+            name = place.headers(user)["Impersonate-User"]
+            edit = f"--clusterrole=edit --user={name} --namespace {namespace}"
+            shell(f"kubectl create rolebinding edit-{number} {edit}")
         wait_until_in_force(place)
         yield place
     finally:
@@ -468,6 +491,25 @@ def test_an_admin_has_no_privileged_pod_and_no_folder_of_a_node_either(place: Pl
     assert_answer(place.ask(ADMIN, "POST", PODS, template()), ONLY_JOBS)
     assert_answer(place.ask(ADMIN, "POST", PODS, pod(volumes=[volume])), FOLDER)
     assert_answer(place.ask(ADMIN, "POST", PODS, pod()), ADMITTED)
+
+
+@pytest.mark.parametrize(
+    ("owner", "body", "expected"),
+    [
+        ("Job", template(), ADMITTED),
+        ("ReplicaSet", template(), ONLY_JOBS),
+        ("ReplicaSet", pod(serviceAccountName="prefect-agent"), ADMITTED),
+        ("Job", pod(serviceAccountName="prefect-agent"), ACCOUNT),
+    ],
+)
+def test_pods_where_all_controllers_have_one_name(
+    place: Place, owner: str, body: Body, expected: str
+) -> None:
+    version = "batch/v1" if owner == "Job" else "apps/v1"
+    reference = {"apiVersion": version, "kind": owner, "name": "a", "uid": "a"}
+    metadata = {**body["metadata"], "ownerReferences": [reference]}
+    made = {**body, "metadata": metadata}
+    assert_answer(place.ask(CONTROLLER_MANAGER, "POST", PODS, made), expected)
 
 
 @pytest.mark.parametrize("kind", WORKLOADS)

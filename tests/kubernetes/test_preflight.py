@@ -121,7 +121,7 @@ def test_all_is_fine(check: Check, place: str, namespace: Namespace, templates: 
 def test_no_namespace_and_no_project(check: Check) -> None:
     said = check("namespace", "Prefect", NAMESPACE="tests-nowhere", PROJECT="not there")
     assert (
-        "there is no 'tests-nowhere' → kubectl create namespace tests-nowhere && kubectl label"
+        "there is no 'tests-nowhere' → kubectl apply -k deploy makes it; or give another NAMESPACE"
         in said
     )
     assert said.count("because of the namespace") == 5
@@ -131,7 +131,7 @@ def test_no_namespace_and_no_project(check: Check) -> None:
 
 def test_the_agent_lacks_rights(check: Check, place: str, namespace: Namespace) -> None:
     said = check("Agent's rights", SERVICE_ACCOUNT="agent")
-    assert f"--role=agent --serviceaccount={place}:agent" in said
+    assert f"system:serviceaccount:{place}:agent may not create jobs" in said
 
     rules = [{"apiGroups": ["batch"], "resources": ["jobs"], "verbs": ["create", "list"]}]
     rules.append({"apiGroups": [""], "resources": ["pods"], "verbs": ["*"]})
@@ -141,8 +141,7 @@ def test_the_agent_lacks_rights(check: Check, place: str, namespace: Namespace) 
     ask = f"kubectl auth can-i list events {agent} || true"
     wait_for(lambda: "no" in shell(ask), "the role has changed")
     said = check("Agent's rights")
-    remedy = f"kubectl create role agent --namespace {place} --verb=create"
-    assert f"may not delete jobs, list events → {remedy}" in said
+    assert "may not delete jobs, list events → kubectl apply -k deploy makes its account" in said
 
 
 def test_the_config_map(check: Check, place: str, templates: list[str]) -> None:
@@ -175,9 +174,10 @@ def test_a_secret_without_logins(check: Check, place: str, namespace: Namespace)
         "broken.example": {"auth": "?"},
         "token.example": {"identitytoken": "t"},
     }
-    logins = {".dockerconfigjson": json.dumps({"auths": auths})}
+    logins = {".dockerconfigjson": json.dumps({"auths": auths, "credsStore": "desktop"})}
     put(place, "Secret", type="kubernetes.io/dockerconfigjson", stringData=logins)
     said = check("Secret")
+    assert "credsStore names a program" in said
     assert "empty.example has neither auth nor username and password" in said
     assert "broken.example is a broken login" in said
     assert "good.example" not in said

@@ -9,7 +9,8 @@ import yaml
 
 from flows.settings import PROJECT
 
-AGENT = PROJECT / "deploy" / "base" / "agent.yaml"
+BASE = PROJECT / "deploy" / "base"
+AGENT = BASE / "agent.yaml"
 INSTALL = ["agent", "kubernetes", "install", "--label", "docker-sidecar"]
 
 
@@ -23,7 +24,7 @@ def variables(deployment: dict[str, Any]) -> dict[str, Any]:
     return {each["name"]: each.get("value") for each in agent.pop("env")}
 
 
-def test_the_agent_is_as_prefect_installs_it_but_for_its_account() -> None:
+def test_the_agent_is_as_prefect_installs_it_but_for_its_account_and_limits() -> None:
     program = str(Path(sys.executable).with_name("prefect"))
     written = subprocess.run([program, *INSTALL], capture_output=True, text=True, check=True)
     theirs = deployment_in(written.stdout)
@@ -34,5 +35,19 @@ def test_the_agent_is_as_prefect_installs_it_but_for_its_account() -> None:
     same = set(ours_set) - {"NAMESPACE", "PREFECT__BACKEND", "PREFECT__CLOUD__API"}
     assert {name: ours_set[name] for name in same} == {name: theirs_set[name] for name in same}
     assert ours["spec"]["template"]["spec"].pop("serviceAccountName") == "prefect-agent"
+    [agent] = ours["spec"]["template"]["spec"]["containers"]
+    assert agent.pop("resources")["limits"]["memory"], "a quota on limits.memory asks for it"
     del ours["metadata"]["namespace"]
     assert ours == theirs
+
+
+def test_the_way_to_an_api_in_the_cluster_is_opened_by_taking_away_the_marks() -> None:
+    text = (BASE / "network.yaml").read_text(encoding="utf-8")
+    start = text.index("    # - to:")
+    opened = text[:start] + text[start:].replace("    # ", "    ")
+    policy = yaml.safe_load(opened)
+    assert [list(rule) for rule in policy["spec"]["egress"]] == [
+        ["to"],
+        ["to", "ports"],
+        ["to", "ports"],
+    ]

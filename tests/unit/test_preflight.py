@@ -172,7 +172,9 @@ def test_prefect_and_its_agents(run: RunPreflight) -> None:
             client.attach_headers({"X-PREFECT-AGENT-ID": agent})
             client.graphql("{hello}")
         said = "no Agent with no labels (FLOW_LABELS) has asked for runs in the last 5 minutes"
-        assert run(api.url)["Agent"] == ("unsure", said)
+        outcome, text = run(api.url)["Agent"]
+        assert (outcome, text.partition(" → ")[0]) == ("unsure", said)
+        assert "kubectl logs deployment/prefect-agent --namespace flows; FLOW_LABELS" in text
         assert run(api.url, FLOW_LABELS="team-a")["Agent"] == (
             "fine",
             "one with labels team-a asks for runs",
