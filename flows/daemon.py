@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import docker.utils
 import requests
@@ -91,12 +91,27 @@ def call_sdk(method: Callable[..., T], *args: Any, **options: Any) -> T:
         raise InvalidArgument("an option has a value that the Docker SDK refuses") from None
 
 
+def _address(docker_server_url: str) -> SplitResult:
+    """The parts of a daemon's address. Raises a DockerException, without a password, if it is none.
+
+    The SDK would raise errors of other types, which quote it.
+    """
+    try:
+        address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
+        address.port  # noqa: B018 # it is looked at when it is asked for
+    except ValueError:
+        shown = "DOCKER_HOST, or docker_server_url of a task,"
+        raise InvalidArgument(f"{shown} is no address such as tcp://localhost:2375") from None
+    return address
+
+
 def bypass_proxy(docker_server_url: str) -> None:
     """Never ask a proxy for a daemon on this machine.
 
-    Its host is added to the variable that requests reads.
+    Its host is added to the variable that requests reads. Raises a DockerException if the address
+    is none.
     """
-    address = urlsplit(str(docker.utils.parse_host(docker_server_url)))
+    address = _address(docker_server_url)
     host = address.hostname or "localhost"  # a socket has none
     if not re.fullmatch(r"localhost|127\..*|::1|0\.0\.0\.0", host):
         return

@@ -66,16 +66,16 @@ def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str,
 def _listed_environment(environment: list[Any]) -> dict[str, str]:
     """An environment that is given as a list of ``NAME=value`` and ``NAME``."""
     values = {}
-    for item in environment:
+    for index, item in enumerate(environment):
         if not isinstance(item, str):
-            raise InvalidArgument(f"environment has an item that is {kind(item)}, not text")
+            raise InvalidArgument(f"environment[{index}] is {kind(item)}, not text")
         name, equals, value = item.partition("=")
         if not name:
-            raise InvalidArgument("environment has the name '': an item is empty, or starts with =")
+            raise InvalidArgument(f"environment[{index}] is empty, or starts with =")
         if not equals:
             if name.startswith("PREFECT__") or name not in os.environ:
-                cause = "is not set in the flow's environment, or is Prefect's own"
-                raise InvalidArgument(f"environment has {abbreviated(name)}, which {cause}")
+                needed = "a variable of the flow's environment, and none of Prefect's own"
+                raise InvalidArgument(f"environment[{index}] has no =, and is not {needed}")
             value = os.environ[name]
         values[name] = value
     return values
@@ -243,21 +243,24 @@ def _device_requests(given: Any, where: str) -> list[Any]:
     return [_typed(DeviceRequest, item, place) for item, place in _items(given, where)]
 
 
-# The SDK's Mount has parameters for some of these.
+# What Docker's API has for a type of mount. The SDK's Mount has parameters for some of these.
 _MOUNT_OPTIONS = {
-    "BindOptions": (
-        "Propagation",
-        "NonRecursive",
-        "CreateMountpoint",
-        "ReadOnlyNonRecursive",
-        "ReadOnlyForceRecursive",
+    "bind": (
+        "BindOptions",
+        (
+            "Propagation",
+            "NonRecursive",
+            "CreateMountpoint",
+            "ReadOnlyNonRecursive",
+            "ReadOnlyForceRecursive",
+        ),
     ),
-    "VolumeOptions": ("NoCopy", "Labels", "DriverConfig", "Subpath"),
-    "TmpfsOptions": ("SizeBytes", "Mode", "Options"),
-    "ImageOptions": ("Subpath",),
-    "ClusterOptions": (),
+    "volume": ("VolumeOptions", ("NoCopy", "Labels", "DriverConfig", "Subpath")),
+    "tmpfs": ("TmpfsOptions", ("SizeBytes", "Mode", "Options")),
+    "image": ("ImageOptions", ("Subpath",)),
+    "cluster": ("ClusterOptions", ()),
 }
-_MOUNT_TYPES = ("bind", "volume", "tmpfs", "image", "npipe", "cluster")
+_FOR_ANY_TYPE = ("target", "source", "type", "read_only", "consistency")
 
 
 def _mounts(given: Any, where: str) -> list[Any]:
@@ -265,29 +268,55 @@ def _mounts(given: Any, where: str) -> list[Any]:
 
 
 def _mount(given: Any, where: str) -> Any:
-    options = _known(given, [*_parameters(Mount), *_MOUNT_OPTIONS], where)
-    sections = {name: options.pop(name) for name in _MOUNT_OPTIONS if name in options}
+    sections = [section for section, _ in _MOUNT_OPTIONS.values()]
+    options = _known(given, [*_parameters(Mount), *sections], where)
+    mount_type = options.setdefault("type", "volume")
+    if mount_type not in list(_MOUNT_OPTIONS):
+        raise InvalidArgument(f"{where}.type is none of {', '.join(_MOUNT_OPTIONS)}")
+    own_section, names = _MOUNT_OPTIONS[mount_type]
+    for name, value in options.items():
+        if value is not None and not _is_for(name, mount_type):
+            raise InvalidArgument(f"{where}.{name} has no effect on a mount of type {mount_type}")
+    section = options.pop(own_section, None)
+    mount = _sdk_mount({name: options[name] for name in options if name not in sections}, where)
+    if section is not None:
+        place = f"{where}.{own_section}"
+        known = _known(section, names, place)
+        if known.get("DriverConfig") is not None:
+            known["DriverConfig"] = _driver_config(known["DriverConfig"], f"{place}.DriverConfig")
+        mount[own_section] = _merged(mount.get(own_section, {}), known, place)
+    return mount
+
+
+def _is_for(name: str, mount_type: str) -> bool:
+    """Whether Docker looks at an option of a mount. The SDK itself refuses most of the others."""
+    if name in _FOR_ANY_TYPE or name == _MOUNT_OPTIONS[mount_type][0]:
+        return True
+    if name.endswith("Options") or mount_type in ("image", "cluster"):
+        return False
+    return name != "subpath" or mount_type == "volume"
+
+
+def _sdk_mount(options: dict[str, Any], where: str) -> Any:
+    """A mount with what the SDK's type knows. It does not know the types image and cluster."""
     if options.get("driver_config") is not None:
         options["driver_config"] = _driver_config(
             options["driver_config"], f"{where}.driver_config"
         )
+    mount_type = options.pop("type")
+    known_type = "volume" if mount_type in ("image", "cluster") else mount_type
     options.setdefault("source", None)
-    mount_type = options.setdefault("type", "volume")
-    if mount_type not in _MOUNT_TYPES:
-        raise InvalidArgument(f"{where}.type is none of {', '.join(_MOUNT_TYPES)}")
-    if mount_type in ("image", "cluster"):  # the SDK's type does not know them
-        options["type"] = "volume"
-    mount = _try(where, given, Mount, **options)
+    mount = _try(where, options, Mount, type=known_type, **options)
     mount["Type"] = mount_type
-    for name, section in sections.items():
-        if section is None:
-            continue
-        place = f"{where}.{name}"
-        known = _known(section, _MOUNT_OPTIONS[name], place)
-        if known.get("DriverConfig") is not None:
-            known["DriverConfig"] = _driver_config(known["DriverConfig"], f"{place}.DriverConfig")
-        mount[name] = {**mount.get(name, {}), **known}
     return mount
+
+
+def _merged(some: Mapping[str, Any], more: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options from two places. One that is in both is refused: Docker would get one of them."""
+    twice = sorted(set(some) & set(more))
+    if twice:
+        raise InvalidArgument(f"{where} has {', '.join(twice)}, which is given elsewhere as well")
+    return {**some, **more}
 
 
 def _driver_config(given: Any, where: str) -> Any:
@@ -316,10 +345,11 @@ def _bind(folder: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
     options = _known(given, ("bind", "mode", "ro", "propagation"), where)
     if "bind" not in options:
         raise InvalidArgument(f"{where} lacks bind, the path in the container")
-    [bind] = _try(where, options, convert_volume_binds, {folder: options})
-    propagation = options.get("propagation")
-    if propagation is not None and not bind.endswith(f"{propagation}"):  # the SDK leaves it out
-        raise InvalidArgument(f"{where}.propagation is unknown to the Docker SDK")
+    bind = _try(where, options, convert_volume_binds, {folder: options})
+    if options.get("propagation") is not None:
+        others = {name: value for name, value in options.items() if name != "propagation"}
+        if bind == convert_volume_binds({folder: others}):  # the SDK leaves out an unknown one
+            raise InvalidArgument(f"{where}.propagation is unknown to the Docker SDK")
     return options
 
 
@@ -403,12 +433,12 @@ def _endpoint(given: Any, where: str) -> Any:
     options = _known(
         given, [*_parameters(EndpointConfig), "IPAMConfig", "DriverOpts", "GwPriority"], where
     )
-    addresses = options.pop("IPAMConfig", None) or {}
     known = ("ipv4_address", "ipv6_address", "link_local_ips")
-    options.update(_known(addresses, known, f"{where}.IPAMConfig"))
-    as_is = {
-        name: options.pop(name) for name in ("DriverOpts", "GwPriority", "links") if name in options
-    }
+    addresses = _known(options.pop("IPAMConfig", None) or {}, known, f"{where}.IPAMConfig")
+    options = _merged(options, addresses, where)
+    if "DriverOpts" in options:
+        options = _merged(options, {"driver_opt": options.pop("DriverOpts")}, where)
+    as_is = {name: options.pop(name) for name in ("GwPriority", "links") if name in options}
     endpoint = _try(where, given, EndpointConfig, VERSION, **options)
     if isinstance(as_is.get("links"), Mapping):
         endpoint.update(_try(where, given, EndpointConfig, VERSION, links=as_is.pop("links")))
@@ -425,6 +455,16 @@ def _ports(given: Any, where: str) -> Any:
     return _only_names(given, where)
 
 
+def volume_folders(given: Any, where: str) -> Any:
+    """Folders of the container that get a new volume each. A folder of the daemon is a bind."""
+    folders = given if isinstance(given, (list, tuple, Mapping)) else [given]
+    if any(isinstance(folder, str) and ":" in folder for folder in folders):
+        raise InvalidArgument(
+            f"{where} has no effect with a : in it: write it in host_config.binds"
+        )
+    return _only_names(given, where)
+
+
 def _only_names(given: Any, where: str) -> Any:
     """Volumes and ports: Docker takes their names, and ignores what a mapping has for them."""
     if isinstance(given, Mapping):
@@ -432,6 +472,12 @@ def _only_names(given: Any, where: str) -> Any:
             if value:
                 cause = "has no effect: host_config has binds for folders, port_bindings for ports"
                 raise InvalidArgument(f"{where}[{_shown(name)}] is {kind(value)}, which {cause}")
+    return given
+
+
+def _size(given: Any, where: str) -> Any:
+    if kind(given) not in ("a number", "text"):
+        raise InvalidArgument(f"{where} is {kind(given)}, not a number of bytes, or text as 512m")
     return given
 
 
@@ -460,6 +506,8 @@ _LOGIN = (
 _IGNORED = {
     "lxc_conf": "Docker has no LXC driver",
     "kernel_memory": "Docker no longer limits it",
+    "cpu_count": "it is for Windows. On Linux it is nano_cpus, 10^9 for a CPU",
+    "cpu_percent": "it is for Windows. On Linux it is nano_cpus, 10^9 for a CPU",
 }
 # What Docker 29 takes no notice of, where the SDK writes it.
 _ELSEWHERE = {"mac_address": "networking_config", "runtime": "host_config"}
@@ -477,11 +525,15 @@ _NESTED: dict[str, Callable[[Any, str], Any]] = {
     "healthcheck": _healthcheck,
     "labels": _labels,
     "log_config": _log_config,
+    "mem_limit": _size,
+    "mem_reservation": _size,
+    "memswap_limit": _size,
     "mounts": _mounts,
     "networking_config": _networking_config,
     "port_bindings": _port_bindings,
     "ports": _ports,
     "restart_policy": _restart_policy,
+    "shm_size": _size,
     "ulimits": _ulimits,
-    "volumes": _only_names,
+    "volumes": volume_folders,
 }

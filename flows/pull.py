@@ -44,17 +44,23 @@ CAUSES = (
     Cause("no space on the daemon", r"no space left|disk quota exceeded"),
     Cause(
         "too many requests",
-        rf"too ?many ?requests?|rate limit|rate exceeded|quota exceeded|{_STATUS}429\b|(^|\s)429\s",
+        r"too ?many ?requests?|rate limit|rate exceeded|quota exceeded|data limit exceeded"
+        rf"|{_STATUS}429\b",
         transient=True,
     ),
     Cause(
         "registry in trouble",
-        rf"{_STATUS}5\d\d\b|(^|\s)5(0[0-4]|2\d)\s|internal server error"
+        rf"{_STATUS}5\d\d\b|internal server error"
         r"|bad gateway|service unavailable|gateway time-?out|remote auto blocked",
         transient=True,
         reached=False,
     ),
     Cause("proxy", r"proxy authentication|\s407\s", reached=False, advice=PROXY),
+    Cause(  # to a CONNECT: what a registry refuses has its status, or its own words
+        "refused by the proxy",
+        r"^(get|head)\s+:\s+(proxyconnect \S+\s+)?forbidden$",
+        reached=False,
+    ),
     Cause(
         "no trust",
         r"x509|HTTP response to HTTPS client|handshake failure|bad certificate"
@@ -63,16 +69,16 @@ CAUSES = (
     ),
     Cause(
         "refused by a policy",
-        r"configured policy|by policy|blocking policy|blocked by|has been blocked|quarantin|xray"
-        r"|by plugin|not signed|not allowed access|not authorized to perform|has not been used"
-        r"|precondition failed|legal reasons|administrator",
+        r"configured policy|by policy|'s policy|blocking policy|blocked by|has been blocked"
+        r"|quarantin|xray|by plugin|not signed|not allowed access|not authorized to perform"
+        r"|has not been used|requires billing|precondition failed|legal reasons|administrator",
     ),
     Cause(
         "an image for others",
         r"no matching manifest|operating system|platform|schema ?1|media ?type|prettyjws"
         r"|invalid reference|must be lower ?case|signature key|match image config",
     ),
-    Cause("login has expired", r"token\b[^:]* expired|denied.* expired", advice=EXPIRED),
+    Cause("login has expired", r"token\b.* expired|denied.* expired", advice=EXPIRED),
     Cause(  # Docker Hub does not say which one
         "no such image, or no login",
         r"repository does not exist or may require",
@@ -82,8 +88,9 @@ CAUSES = (
     Cause(
         "no login",
         r"(?<!permission )denied|unauthori[sz]ed|unauthenticated|authentication (is )?required"
-        r"|no basic auth|credentials|_scope|not authorized|have permission|wrong username"
-        rf"|invalid username|{_STATUS}401\b",
+        r"|no basic auth|credentials|_scope|not authorized|have permission"
+        r"|(wrong|invalid|incorrect) username|\bauth token|authentication token"
+        rf"|{_STATUS}401\b",
         advice=LOGIN,
         advice_with_login=EXPIRED,
     ),
@@ -147,7 +154,9 @@ def was_pulled(image: dict[str, Any], name: str) -> bool:
 
 def _short(repository: str) -> str:
     """app in place of docker.io/library/app."""
-    return repository.removeprefix("docker.io/").removeprefix("library/")
+    for registry in ("index.docker.io/", "docker.io/"):
+        repository = repository.removeprefix(registry)
+    return repository.removeprefix("library/")
 
 
 def pull_signal(

@@ -162,13 +162,18 @@ def _leave_to_an_earlier_claim(client: RunClient, run: Run) -> None:
 
 
 def _processes_on_their_way(history: list[State]) -> int:
-    """How many processes may be made for a run, and have not begun, this one among them."""
+    """How many processes may be made for a run, and have not begun, this one among them.
+
+    A process that has claimed a restarted run makes it Queued, and then begins once more.
+    """
     number = 0
+    was_claimed = False
     for state in history:
-        if isinstance(state, Scheduled | Queued):
+        if isinstance(state, Scheduled) or (isinstance(state, Queued) and was_claimed):
             number += 1
         elif number and (state.is_running() or state.message == LOST):
             number -= 1
+        was_claimed = is_claim(state)
     return number
 
 

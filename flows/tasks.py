@@ -34,6 +34,7 @@ from flows.options import (
     environment_strings,
     host_options,
     pull_options,
+    volume_folders,
 )
 from flows.output import OutputLog, newest_lines
 from flows.pull import NOT_HERE, Cause, Pull, cause_of, pull_signal, was_pulled
@@ -123,7 +124,7 @@ class PullImage(_DockerTask, prefect_docker.PullImage):
         if isinstance(pull.error, ERRORS):
             message = error_message(pull.error, docker_server_url)
             cause = cause_of(pull.error, message)
-            if "platform" in options or not self._is_on_daemon(client, image, cause):
+            if options.get("platform") or not self._is_on_daemon(client, image, cause):
                 login_sent = bool(options["auth_config"])
                 problem = pull_signal(image, message, cause, login_sent, config.faults)
                 if isinstance(problem, signals.RETRY):
@@ -212,7 +213,7 @@ class CreateContainer(_DockerTask, prefect_docker.CreateContainer):
                 "detach": detach,
                 "entrypoint": entrypoint,
                 "environment": environment_strings(environment or {}),
-                "volumes": volumes,
+                "volumes": volume_folders(volumes, "volumes"),
             }
             options.update(container_options(extra_docker_kwargs or {}))
             options["labels"] = self._with_run_label(options.get("labels") or {})

@@ -50,6 +50,22 @@ def test_a_local_daemon_is_never_asked_through_a_proxy(
     )
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["tcp://localhost:abc", "tcp://[::1:2375", "tcp://localhost:99999", "tcp://u:hunter2/x@h:1"],
+)
+def test_an_address_that_is_none_is_a_failure_without_its_password(url: str) -> None:
+    for run in (
+        lambda: PullImage(docker_server_url=url).run(repository="app"),
+        lambda: StartContainer(docker_server_url=url).run(container_id=ID),
+    ):
+        with pytest.raises(
+            signals.FAIL, match="is no address such as tcp://localhost:2375"
+        ) as seen:
+            run()
+        assert "hunter2" not in str(seen.value)
+
+
 def test_a_remote_daemon_is_asked_through_the_proxy(
     fake: FakeDocker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

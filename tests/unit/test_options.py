@@ -187,14 +187,51 @@ def test_what_the_sdk_has_no_type_for_is_taken_as_docker_writes_it(mount: dict[s
 UNKNOWN = [
     ({"mounts": [{"target": "/w", "readonli": True}]}, "did you mean read_only?"),
     ({"mounts": [{"target": "/w", "bind_option": {}}]}, "did you mean BindOptions?"),
-    ({"mounts": [{"target": "/w", "BindOptions": {"propagate": 1}}]}, "did you mean Propagation?"),
+    (
+        {"mounts": [{"target": "/w", "type": "bind", "BindOptions": {"propagate": 1}}]},
+        "did you mean Propagation?",
+    ),
     ({"mounts": [{"target": "/w", "VolumeOptions": {"copy": 1}}]}, "VolumeOptions has the"),
-    ({"mounts": [{"target": "/w", "TmpfsOptions": {"size": 1}}]}, "SizeBytes"),
+    ({"mounts": [{"target": "/w", "type": "tmpfs", "TmpfsOptions": {"size": 1}}]}, "SizeBytes"),
     ({"mounts": [{"target": "/w", "driver_config": {"nam": 1}}]}, "did you mean name?"),
     ({"mounts": {"target": "/w"}}, "mounts is a mapping, not a list"),
     ({"mounts": ["/w:/w"]}, "mounts[0] is text, not a mapping"),
     ({"mounts": [{"target": "/w", "type": SECRET}]}, "mounts[0].type is none of bind"),
     ({"mounts": [{"source": "/w"}]}, "'target'"),
+    ({"mounts": [{"target": "/w", "TmpfsOptions": {"SizeBytes": 1}}]}, "on a mount of type volume"),
+    ({"mounts": [{"target": "/w", "type": "bind", "VolumeOptions": {}}]}, "VolumeOptions has no"),
+    ({"mounts": [{"target": "/w", "type": "bind", "ImageOptions": {}}]}, "ImageOptions has no"),
+    ({"mounts": [{"target": "/w", "type": "tmpfs", "BindOptions": {}}]}, "BindOptions has no"),
+    ({"mounts": [{"target": "/w", "type": "tmpfs", "subpath": "a"}]}, "subpath has no effect"),
+    ({"mounts": [{"target": "/w", "type": "image", "subpath": "a"}]}, "subpath has no effect"),
+    ({"mounts": [{"target": "/w", "type": "image", "labels": {"a": "b"}}]}, "labels has no effect"),
+    ({"mounts": [{"target": "/w", "type": "npipe"}]}, "mounts[0].type is none of bind"),
+    ({"mounts": [{"target": "/w", "type": ["bind"]}]}, "mounts[0].type is none of bind"),
+    (
+        {
+            "mounts": [
+                {
+                    "target": "/w",
+                    "source": "/w",
+                    "type": "bind",
+                    "propagation": "rslave",
+                    "BindOptions": {"Propagation": "shared"},
+                }
+            ]
+        },
+        "Propagation, which is given elsewhere as well",
+    ),
+    ({"cpu_count": 2}, "cpu_count has no effect: it is for Windows"),
+    ({"cpu_percent": 2}, "cpu_percent has no effect: it is for Windows"),
+    ({"mem_limit": []}, "mem_limit is a list, not a number of bytes"),
+    ({"memswap_limit": {}}, "memswap_limit is a mapping"),
+    ({"mem_reservation": True}, "mem_reservation is true or false"),
+    ({"shm_size": []}, "shm_size is a list"),
+    ({"binds": {"/w": {"bind": "/w", "propagation": "rw"}}}, "propagation is unknown"),
+    (
+        {"binds": {"/w": {"bind": "/w", "mode": "ro", "propagation": "ro"}}},
+        "is unknown to the Docker SDK",
+    ),
     ({"mounts": [{"target": "/w", "type": "bind", "tmpfs_size": 1}]}, "do not fit together"),
     ({"mounts": [{"target": "/w", "ReadOnly": True, "read_only": False}]}, "read_only twice"),
     ({"device_requests": [{"gpus": -1}]}, "device_requests[0] has the unknown name 'gpus'"),
@@ -266,6 +303,26 @@ UNKNOWN_ELSEWHERE = [
         "IPAMConfig has the unknown name 'ip'",
     ),
     ({"volumes": {"/w": {"bind": "/w", "mode": "ro"}}}, "volumes['/w'] is a mapping, which has no"),
+    ({"volumes": ["/a", f"/w:{SECRET}:ro"]}, "write it in host_config.binds"),
+    ({"volumes": "/w:/w"}, "write it in host_config.binds"),
+    (
+        {
+            "networking_config": {
+                "EndpointsConfig": {
+                    "net": {"ipv4_address": "10.0.0.2", "IPAMConfig": {"IPv4Address": SECRET}}
+                }
+            }
+        },
+        "ipv4_address, which is given elsewhere as well",
+    ),
+    (
+        {
+            "networking_config": {
+                "EndpointsConfig": {"net": {"driver_opt": {"a": "b"}, "DriverOpts": {"c": SECRET}}}
+            }
+        },
+        "driver_opt, which is given elsewhere as well",
+    ),
     ({"ports": {"80/tcp": {"HostPort": "80"}}}, "ports['80/tcp'] is a mapping, which has no"),
     ({"runtime": "runsc"}, "runtime has no effect: write it in host_config"),
     ({"mac_address": SECRET}, "mac_address has no effect: write it in networking_config"),

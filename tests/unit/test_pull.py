@@ -42,6 +42,7 @@ MESSAGES = {
         f"{HEAD}429 Too Many Requests: denied: slow down",
         # ECR, GAR, Harbor's proxy cache, Artifactory
         "toomanyrequests: Rate exceeded",
+        "toomanyrequests: Data limit exceeded",
         "toomanyrequests: Quota exceeded for quota metric 'Requests per project per region'",
         'unknown: http status code: 429, body: {"errors":[{"code":"DENIED"}]}',
         "error parsing HTTP 429 response body: invalid character 'T' looking for a value",
@@ -60,6 +61,7 @@ MESSAGES = {
         f"{GET}Proxy Authentication Required",
         f"{GET}proxyconnect tcp: Proxy Authentication Required",
     ],
+    "refused by the proxy": [f"{GET}Forbidden", f"{GET}proxyconnect tcp: Forbidden"],
     "no trust": [
         f"{GET}x509: certificate signed by unknown authority",
         f"{GET}tls: failed to verify certificate: x509: certificate is valid for a, not b",
@@ -78,6 +80,11 @@ MESSAGES = {
         "continue with pull, please contact your project administrator to exempt them",
         "unknown: current image without vulnerability scanning cannot be pulled due to configured "
         "policy in 'Prevent images with vulnerability severity'",
+        *(
+            f"unknown: current image with {number} vulnerabilities cannot be pulled due to "
+            "configured policy in 'Prevent images'"
+            for number in (429, 502, 521)
+        ),
         f"{HEAD}412 Precondition Failed",
         "denied: The image is not signed by cosign",
         # Artifactory with Xray
@@ -90,6 +97,8 @@ MESSAGES = {
         # ECR and GAR: rights of the cloud
         "denied: User: arn:aws:sts::0123:assumed-role/node is not authorized to perform: "
         "ecr:BatchGetImage on resource: arn:aws:ecr:eu-west-1:0123:repository/app",
+        "denied: Request is prohibited by organization's policy. vpcServiceControlsUniqueId: a",
+        "denied: This API method requires billing to be enabled. Please enable billing on project",
         "denied: Artifact Registry API has not been used in project 123 before or it is disabled.",
         # Nexus's firewall, Docker's own
         "denied: REQUESTED ITEM IS QUARANTINED -- repository firewall",
@@ -111,6 +120,7 @@ MESSAGES = {
     "login has expired": [
         "denied: Your authorization token has expired. Reauthenticate and try again.",
         f"{GET}denied: token for registry.example is expired",
+        "error from registry: Token failed verification: expired",  # Artifactory
     ],
     "no such image, or no login": [
         "pull access denied for app, repository does not exist or may require 'docker login': "
@@ -121,6 +131,7 @@ MESSAGES = {
     "no login": [
         # Docker Hub
         f"{GET}unauthorized: incorrect username or password",
+        "error from registry: incorrect username or password",
         "unauthorized: your account must log in with a Personal Access Token (PAT)",
         # ECR
         f"{GET}no basic auth credentials",
@@ -143,6 +154,8 @@ MESSAGES = {
         "unauthorized: Invalid Username or Password",
         "unauthorized: unauthorized to access repository: library/app, action: pull",
         "unknown: Authentication is required",
+        "unknown: Props Authentication Token not found",
+        "unknown: Bad props auth token: basictoken",
         f"{RESOLVE}failed to authorize: failed to fetch oauth token: unexpected status from POST "
         "request to https://auth.example/token: 401 Unauthorized",
     ],
@@ -205,7 +218,14 @@ MESSAGES = {
     ],
 }
 RETRIED = {"too many requests", "registry in trouble", "not reached", "unknown"}
-NOT_REACHED = {"registry in trouble", "proxy", "no trust", "the pull hangs", "not reached"}
+NOT_REACHED = {
+    "registry in trouble",
+    "proxy",
+    "refused by the proxy",
+    "no trust",
+    "the pull hangs",
+    "not reached",
+}
 ADVICE = {
     "proxy": (PROXY, PROXY),
     "login has expired": (EXPIRED, EXPIRED),
@@ -327,6 +347,7 @@ def test_an_image_that_was_made_on_the_daemon_needs_no_registry(
     [
         ("app:1", ["app@sha256:0"], True),
         ("app", ["app@sha256:0"], True),
+        ("index.docker.io/team/app:1", ["team/app@sha256:0"], True),
         ("r.example:5000/app", ["r.example:5000/app@sha256:0"], True),
         ("r.example:5000/app:1@sha256:0", ["r.example:5000/app@sha256:0"], True),
         ("app:1", ["r.example/app@sha256:0"], False),

@@ -97,7 +97,7 @@ ALWAYS = {"Name": "always", "MaximumRetryCount": 3}
             {**APP, "environment": {"TOKEN": ["hunter2"]}},
             r"environment\['TOKEN'\]",
         ),
-        (CreateContainer, {**APP, "environment": ["A=1", "=hunter2"]}, "the name ''"),
+        (CreateContainer, {**APP, "environment": ["A=1", "=hunter2"]}, "starts with ="),
         # what the SDK finds wrong
         (CreateContainer, {**APP, "host_config": {"mem_limit": "1x"}}, "mem_limit is text"),
         (CreateContainer, {**APP, "host_config": {"restart_policy": 5}}, "restart"),
