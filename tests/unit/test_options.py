@@ -119,6 +119,13 @@ UNDERSTOOD = [
         {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": "80"}]},
     ),
     (
+        "port_bindings",  # any port of the host
+        {"80/tcp": {"host_ip": "127.0.0.1"}},
+        {"80/tcp": [{"HostIp": "127.0.0.1"}]},
+        "PortBindings",
+        {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]},
+    ),
+    (
         "devices",
         [{"path_on_host": "/a", "path_in_container": "/b", "cgroup_permissions": "r"}],
         ["/a:/b:r"],
@@ -285,6 +292,12 @@ API_ENDPOINT = {
 def test_a_container_in_a_network(networks: dict[str, Any], name: str) -> None:
     options = container_options({"networking_config": {name: networks}})
     assert options["networking_config"] == {"EndpointsConfig": API_ENDPOINT}
+
+
+def test_what_the_sdks_type_of_a_network_lacks_is_handed_on() -> None:
+    networks = {"net": {"GwPriority": 1}}
+    options = container_options({"networking_config": {"EndpointsConfig": networks}})
+    assert options["networking_config"] == {"EndpointsConfig": networks}
 
 
 @pytest.mark.parametrize("spelling", ["start_period", "StartPeriod"])
