@@ -50,7 +50,7 @@ pip_setting() {
 as_pip() { # UV_VARIABLE SETTING
   local value
   value=$(pip_setting "$2")
-  if [ -z "${!1-}" ] && [ -n "$value" ]; then export "$1=$value"; fi
+  if [ -z "${!1-}" ] && [ -n "$value" ]; then export "$1=${value/#\~/$HOME}"; fi # pip expands it, too
 }
 configure_uv() {
   local bundle
@@ -71,6 +71,12 @@ configure_uv() {
   done
 }
 
+packages_failed() {
+  echo "setup: the packages could not be fetched. For an index of your own, a proxy or a CA see" \
+    "docs/without-docker-hub.md, On your own machine" >&2
+  exit 1
+}
+
 if ! made ready || ! made ready -build; then
   echo "setup: .venv with $("$python" --version) and the locked packages (about 10 s)"
   if ! "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -89,10 +95,10 @@ if ! made ready || ! made ready -build; then
   "$python" -m venv .venv
   # pip brings uv alone, and uv the rest: 3 s in place of 33 s
   .venv/bin/pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
-    --requirement <(sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p;}' requirements-dev.txt)
+    --requirement <(sed -n '/^uv==/,/^[^ ]/{/^uv==/p;/^ /p;}' requirements-dev.txt) || packages_failed
   configure_uv
   .venv/bin/uv pip install --quiet --no-deps --require-hashes \
-    --build-constraints requirements-build.txt --requirement requirements.txt
+    --build-constraints requirements-build.txt --requirement requirements.txt || packages_failed
   # for `prefect register -m`
   pwd >"$(.venv/bin/python -c 'import site; print(site.getsitepackages()[0])')/project.pth"
   touch .venv/ready
@@ -102,6 +108,6 @@ if [ "${1-}" = dev ] && ! made dev -dev; then
   configure_uv
   # compiled, because the tests start many processes, and where Python may not write bytecode each compiles Prefect again
   .venv/bin/uv pip sync --compile-bytecode --quiet --require-hashes \
-    --build-constraints requirements-build.txt requirements-dev.txt
+    --build-constraints requirements-build.txt requirements-dev.txt || packages_failed
   touch .venv/dev
 fi

@@ -326,6 +326,14 @@ def test_what_a_registry_refuses_fails_though_the_daemon_has_the_image(
     assert words in str(pull_failure(fake, "app:1", words))
 
 
+def test_what_a_policy_refuses_fails_though_an_image_of_its_name_was_made_on_the_daemon(
+    fake: FakeDocker,
+) -> None:
+    fake.images = {"app:1"}
+    words = "denied: REQUESTED ITEM IS QUARANTINED"
+    assert words in str(pull_failure(fake, "app:1", words))
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -378,6 +386,9 @@ def test_a_pull_for_another_platform_is_not_replaced(fake: FakeDocker) -> None:
     fake.images = {"app:1"}
     options = {"extra_docker_kwargs": {"platform": "linux/arm64"}}
     assert "unexpected EOF" in str(pull_failure(fake, "app:1", "unexpected EOF", **options))
+    fake.pull = [{"error": "unexpected EOF"}]
+    options = {"extra_docker_kwargs": {"platform": None}}
+    assert PullImage(docker_server_url=fake.url).run(repository="app:1", **options) == "app:1"
 
 
 def test_a_pull_that_hangs_is_given_up(
