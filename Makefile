@@ -71,4 +71,4 @@ lock: .venv/ready ## update the requirements files
 	@scripts/lock.sh
 
 clean: .venv/ready ## stop everything; remove .venv and caches
-	@$(BIN)/python -m scripts.cluster clean; status=$$?; rm -rf .venv; exit $$status
+	@$(BIN)/python -m scripts.cluster clean; status=$$?; rm -rf .venv .*_cache; exit $$status

@@ -128,6 +128,7 @@ class Run:
     is_taken: bool = False  # by this process, so that its containers are this process's
     is_given_up: bool = False  # it is gone, finished, or another process has taken it
     is_ending_early: bool = False
+    early_end: State | None = None  # what the API is told if the run does not come to its end
 
     def is_ours(self, state: State) -> bool:
         """Whether nobody has ended the run, or taken it, by this state."""
@@ -178,7 +179,18 @@ class Run:
         """
         if not self.is_ending_early:
             self.is_ending_early = True
+            self.early_end = end
             threading.Thread(target=self._end, args=[end], daemon=True).start()
+
+    def at_exit(self) -> None:
+        """Let the containers end with the process, and tell the API of an early end.
+
+        An interrupt may come when Prefect's runner no longer expects one. Then it reports nothing.
+        """
+        self.stop_containers()
+        if self.in_pod and self.early_end is not None:
+            with suppress(Exception):  # an API that is down
+                self.report(self.early_end)
 
     def _end(self, end: State | None) -> None:
         hard_end = time.monotonic() + END_SECONDS
@@ -327,12 +339,13 @@ def begin(run_id: str, docker_server_urls: set[str]) -> Run:
     global _current
     in_pod = bool(prefect.context.get("running_with_backend"))
     if _current is not None:
-        atexit.unregister(_current.stop_containers)
+        atexit.unregister(_current.at_exit)
     _current = Run(run_id, docker_server_urls, in_pod)
-    atexit.register(_current.stop_containers)
+    atexit.register(_current.at_exit)
     _repeat_uploads()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a program keeps a handler of its own
         _set_sigterm(_end_on_sigterm)
+        _let_sigterm_wake_the_main_thread()
     return _current
 
 
@@ -394,6 +407,36 @@ def _end_on_sigterm(number: int, _: object) -> None:
         raise KeyboardInterrupt
 
 
+def _let_sigterm_wake_the_main_thread() -> None:
+    """Have a thread look whether the main thread heeds a SIGTERM.
+
+    Python runs a handler in the main thread, between two instructions. If the signal comes just
+    before the main thread begins to wait for a lock, or if the kernel hands it to another thread,
+    the main thread goes on waiting. But each signal also writes its number to a file at once.
+    """
+    if threading.current_thread() is not threading.main_thread():  # no other one may
+        return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    if before != -1:  # an event loop has one
+        signal.set_wakeup_fd(before)
+        return
+    threading.Thread(target=_wake_main_thread, args=[receiver, sender], daemon=True).start()
+
+
+def _wake_main_thread(receiver: socket.socket, sender: socket.socket) -> None:
+    """Send SIGTERM to the main thread until it heeds it. The signals need ``sender`` open."""
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
+    while True:
+        numbers = receiver.recv(64)
+        time.sleep(1)
+        is_heeded = signal.getsignal(signal.SIGTERM) is not _end_on_sigterm
+        if signal.SIGTERM in numbers and not is_heeded:
+            signal.pthread_kill(main_thread, signal.SIGTERM)
+
+
 def _before_fork() -> None:
     global _is_forking
     _is_forking = True
@@ -408,8 +451,10 @@ def _leave_all_to_the_parent() -> None:
     _after_fork()
     if _current is not None:
         _current.is_taken = False  # so that the end of the child stops no container
+        _current.early_end = None
     if signal.getsignal(signal.SIGTERM) is _end_on_sigterm:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.set_wakeup_fd(-1)
 
 
 # A process that a task forks is ended by SIGTERM as usual.

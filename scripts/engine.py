@@ -141,7 +141,8 @@ def _start_advice(url: str) -> str:
 def how_to_get_one() -> str:
     """What to say to a user who has chosen no engine, and has none at the usual socket."""
     advice = (
-        "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST"
+        "no Docker engine answers. Start one (`docker version` must answer), or set DOCKER_HOST. "
+        "docs/before-you-start.md, Your machine, says where to get one"
     )
     if not shutil.which("podman"):
         return advice

@@ -104,7 +104,7 @@ def main() -> None:
     for check in CHECKS:
         blocked = [name for name in check.needs if outcomes[name] in BLOCKING]
         outcome = "not checked"
-        text = f"because of the {' and the '.join(blocked)}"
+        text = f"it needs {' and '.join(blocked)}"
         if not blocked:
             outcome, text = _look(check, setup)
         outcomes[check.name] = outcome

@@ -12,7 +12,7 @@ how_to_get_python() {
   echo "setup:   Ubuntu 22.04      sudo apt-get install python3.10 python3.10-venv"
   echo "setup: without root, with uv (https://docs.astral.sh/uv):"
   echo "setup:   uv python install 3.11"
-  echo "setup:   PYTHON=\$(uv python find 3.11) make run"
+  echo "setup:   PYTHON=\$(uv python find --system 3.11) make run"
 }
 
 supported='import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] < (3, 12))'
@@ -29,6 +29,13 @@ if [ -z "$python" ]; then
   } >&2
   exit 1
 fi
+
+case $(command -v "$python") in
+  "$PWD"/.venv/*)
+    echo "setup: PYTHON=$python is in .venv, which is made anew. Name another one" >&2
+    exit 1
+    ;;
+esac
 
 if command -v flock >/dev/null; then exec 9<scripts/setup.sh && flock 9; fi # another `make` may be at it
 export VIRTUAL_ENV=$PWD/.venv

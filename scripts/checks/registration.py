@@ -11,6 +11,7 @@ from docker.context import ContextAPI
 
 from flows.settings import Settings
 from scripts import engine
+from scripts.base import root_cause
 from scripts.checks.check import CheckFailed, Setup, Unsure
 from scripts.checks.kubernetes_api import SECONDS
 
@@ -85,7 +86,10 @@ def _graphql(query: str, **variables: str) -> Any:
     if key:
         headers["Authorization"] = f"Bearer {key}"
     body = {"query": query, "variables": variables}
-    answer = requests.post(url, json=body, headers=headers, timeout=SECONDS)
+    try:
+        answer = requests.post(url, json=body, headers=headers, timeout=SECONDS)
+    except requests.RequestException as error:
+        raise CheckFailed(f"{url} does not answer: {root_cause(error)}") from None
     answer.raise_for_status()
     data = answer.json().get("data")
     if not data:

@@ -124,8 +124,8 @@ def test_no_namespace_and_no_project(check: Check) -> None:
         "there is no 'tests-nowhere' → kubectl apply -k deploy makes it; or give another NAMESPACE"
         in said
     )
-    assert said.count("because of the namespace") == 5
-    assert said.count("because of the Job") == 1
+    assert said.count("it needs namespace") == 5
+    assert said.count("it needs Job") == 1
     assert "no project 'not there' → prefect create project \"not there\"" in said
 
 

@@ -104,8 +104,8 @@ def test_nothing_is_there(run: RunPreflight, nowhere: int) -> None:
     base = "prefecthq/prefect:1.4.1-python3.10"
     assert f"{image}, built from {base}; JOB_TEMPLATE=docker_sidecar" in said["settings"][1]
     assert "Connection refused → start it, or choose another one: KUBECONFIG" in said["cluster"][1]
-    assert said["namespace"][1] == "because of the cluster"
-    assert said["Job"][1] == said["Secret"][1] == "because of the namespace"
+    assert said["namespace"][1] == "it needs cluster"
+    assert said["Job"][1] == said["Secret"][1] == "it needs namespace"
     assert "Connection refused → start it" in said["Prefect"][1]
 
 

@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import prefect
 import pytest
 from prefect.engine import signals
-from prefect.engine.state import Pending
+from prefect.engine.state import Cancelled, Cancelling, Pending, Success
 
 from flows import runs
 
@@ -43,6 +43,28 @@ def test_a_process_whose_pull_is_retried_asks_before_it_starts_a_container(
     client.get_flow_run_state.return_value = runs.new_claim()
     with pytest.raises(SystemExit):
         runs.end_if_taken()
+
+
+def test_a_process_that_is_interrupted_too_late_for_prefects_runner_reports_the_cancel(
+    run: runs.Run, client: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.Run, "_end", MagicMock())  # the thread that ends a process
+    client.get_flow_run_state.return_value = Cancelling("by hand")
+    client.graphql.return_value.data.task_run = []
+    run.end_early(Cancelled("by hand"))
+    run.at_exit()
+    [call] = client.set_flow_run_state.call_args_list
+    assert call.args == (run.id, Cancelled("by hand"))
+
+
+def test_a_process_whose_run_has_come_to_its_end_reports_no_other_one(
+    run: runs.Run, client: MagicMock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs.Run, "_end", MagicMock())
+    client.get_flow_run_state.return_value = Success("done")
+    run.end_early(Cancelled("by hand"))
+    run.at_exit()
+    assert not client.set_flow_run_state.called
 
 
 def test_an_api_that_does_not_answer_is_named(run: runs.Run, client: MagicMock) -> None:

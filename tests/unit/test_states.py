@@ -302,7 +302,7 @@ def test_a_run_that_is_paused_before_its_containers_goes_on_in_another_pod(
 
 
 OWN = """
-import multiprocessing, os, signal, time
+import multiprocessing, os, signal, threading, time
 from datetime import timedelta
 from prefect import Flow, task
 from prefect.executors import LocalDaskExecutor
@@ -401,6 +401,19 @@ def test_sigterm_during_a_task_in_python(start: Start, code: str) -> None:
     name = "mapped-1[0]" if "mapped" in code else "run-1"
     wait_for(lambda: run.task_states.get(name) == "Running", "the task runs", lambda: run, 60)
     process.terminate()
+    assert_ended_by_sigterm(run, process)
+
+
+def test_sigterm_that_the_main_thread_sleeps_through(start: Start) -> None:
+    """The kernel may hand it to another thread. The main thread waits for a lock meanwhile."""
+    run, process = start("""
+def run():
+    other = lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    threading.Timer(0.5, other).start()
+    threading.Event().wait(60)
+
+flow = flow_of(run)
+""")
     assert_ended_by_sigterm(run, process)
 
 
