@@ -46,8 +46,8 @@ CONFIG_MAP = "docker-sidecar"  # the name that job_templates/ expect
 IMAGES = (*PREFECT, DAEMON, stand_ins.OLD_DAEMON)
 DEFAULT_NODE = "kindest/node:v1.37.0"  # to see whether kind can pull its own
 RUNTIME_CLASS = PROJECT / "deploy" / "components" / "gvisor" / "runtime-class.yaml"
-# Processes of pytest, for two cores. Tests on a cluster mostly wait.
-WORKERS = {"tests/unit": 2, "tests/docker": 2, "tests/kubernetes": 5}
+# Processes of pytest, for two cores: many tests wait, and those on a cluster mostly do.
+WORKERS = {"tests/unit": 3, "tests/docker": 3, "tests/kubernetes": 5}
 CONFIGURED = "/run/docker-sidecar"  # on the node: in memory, so gone with a stop of the node
 
 
@@ -261,7 +261,8 @@ def test(*folders: str) -> None:
     """`make test`: run tests, by default those that this machine can run."""
     status = 0
     for folder in folders or testable():
-        command = [sys.executable, "-m", "pytest", f"-n{WORKERS[folder]}", folder]
+        workers = f"-n{WORKERS[folder]}"
+        command = [sys.executable, "-m", "pytest", workers, "--dist=worksteal", folder]
         ended = subprocess.run(command).returncode
         status = max(status, abs(ended))  # negative: by a signal
     sys.exit(status)

@@ -258,8 +258,9 @@ def test_a_run_whose_pod_was_lost_during_the_pull_runs_its_container(
 
 
 def test_a_run_whose_pod_never_came_is_started_by_lazarus(
-    flow: Flow, fake: FakeDocker, api: PrefectAPI
+    flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("flows.states.CLAIM_SECONDS", 0.1)
     run = submitted(flow, api, image="app:1")
     Client().set_flow_run_state(run.id, Submitted())
     api.lose_heartbeats(run.id)
@@ -280,9 +281,10 @@ def test_a_run_starts_whatever_digits_the_times_of_its_states_have(
 
 
 def test_a_run_that_is_paused_before_its_containers_goes_on_in_another_pod(
-    fake: FakeDocker, api: PrefectAPI
+    fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The Agent makes a second pod for the task that is resumed."""
+    monkeypatch.setattr("flows.runs.CLAIM_SECONDS", 0.1)
     seen = []
     with Flow("paused", state_handlers=[handle_pod_lifecycle]) as flow:
         before = FunctionTask(lambda: seen.append("before"), name="before")()
