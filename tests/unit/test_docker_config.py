@@ -172,3 +172,18 @@ def test_a_credential_helper(
     assert says in warned
     assert bool(warned) == bool(says)
     assert SECRET not in caplog.text
+
+
+def test_a_credential_helper_knows_docker_hub_by_an_old_address(
+    fake: FakeDocker, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`docker login` without a registry stores the login under it."""
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    program = tmp_path / "docker-credential-ours"
+    answer = '{\\"Username\\":\\"$it\\",\\"Secret\\":\\"p\\"}'
+    program.write_text(f'#!/bin/sh\nread it; echo "{answer}"\n')
+    program.chmod(0o755)
+    write(tmp_path, json.dumps({"credsStore": "ours"}))
+    PullImage(docker_server_url=fake.url).run(repository="app:1")
+    [pull] = fake.asked("POST /images/create")
+    assert json.loads(pull["login"])["Username"] == "https://index.docker.io/v1/"

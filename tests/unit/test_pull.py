@@ -438,6 +438,7 @@ def test_a_public_image_is_pulled_without_a_login(
         ({**LOGIN_ENTRY, "auth": ""}, LOGIN_ENTRY),
         ({"auth": f"{AUTH}\n"}, LOGIN_ENTRY),
         ({"auth": AUTH, "username": "other", "password": "other"}, LOGIN_ENTRY),
+        ({"auth": AUTH, "identitytoken": ""}, LOGIN_ENTRY),
         ({"identitytoken": "t"}, {"IdentityToken": "t"}),
         ({"identitytoken": "t", "auth": ""}, {"IdentityToken": "t"}),
         ({}, {}),

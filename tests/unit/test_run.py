@@ -128,6 +128,12 @@ VALUES = [
 ]
 
 
+def test_an_assignment_with_a_colon_is_one(show: list[str]) -> None:
+    done = make(*show, "COMMAND:=a b")
+    found, _ = json.loads(done.stdout)
+    assert found["COMMAND"] == "a b"
+
+
 @pytest.mark.parametrize("value", VALUES)
 def test_a_value_arrives_unchanged(value: str, show: list[str]) -> None:
     done = make(*show, f"COMMAND={value}", "IMAGE=alpine:3", "JOB_TEMPLATE=native_sidecar")
