@@ -45,22 +45,23 @@ def environment_strings(environment: Mapping[str, Any] | list[str]) -> dict[str,
         environment = _listed_environment(environment)
     if not isinstance(environment, Mapping):
         raise InvalidArgument(f"environment is {kind(environment)}")
-    strings: dict[str, str | None] = {}
-    for name, value in environment.items():
-        shown = _shown(name)
-        if not isinstance(name, str) or not name or "=" in name or "\0" in name:
-            needed = "a name is text, not empty, without '=' or NUL"
-            raise InvalidArgument(f"environment has the name {shown}: {needed}")
-        if value is None or isinstance(value, str):
-            strings[name] = value
-        elif isinstance(value, (int, float)):
-            strings[name] = json.dumps(value)
-        else:
-            needed = "text, a number, true, false or null"
-            raise InvalidArgument(f"environment[{shown}] is {kind(value)}, not {needed}")
-        if "\0" in str(value):
-            raise InvalidArgument(f"environment[{shown}] holds NUL")
-    return strings
+    return {name: _variable(name, value) for name, value in environment.items()}
+
+
+def _variable(name: Any, value: Any) -> str | None:
+    """The value of a variable as Docker takes it. Raises InvalidArgument if it takes none."""
+    shown = _shown(name)
+    if not isinstance(name, str) or not name or "=" in name or "\0" in name:
+        needed = "a name is text, not empty, without '=' or NUL"
+        raise InvalidArgument(f"environment has the name {shown}: {needed}")
+    if "\0" in str(value):
+        raise InvalidArgument(f"environment[{shown}] holds NUL")
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, (int, float)):
+        return json.dumps(value)
+    needed = "text, a number, true, false or null"
+    raise InvalidArgument(f"environment[{shown}] is {kind(value)}, not {needed}")
 
 
 def _listed_environment(environment: list[Any]) -> dict[str, str]:

@@ -416,12 +416,13 @@ def _let_sigterm_wake_the_main_thread() -> None:
     """
     if threading.current_thread() is not threading.main_thread():  # no other one may
         return
-    receiver, sender = socket.socketpair()
-    sender.setblocking(False)
-    before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    before = signal.set_wakeup_fd(-1)
     if before != -1:  # an event loop has one
         signal.set_wakeup_fd(before)
         return
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     threading.Thread(target=_wake_main_thread, args=[receiver, sender], daemon=True).start()
 
 

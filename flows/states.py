@@ -179,21 +179,32 @@ def _processes_on_their_way(history: list[State]) -> int:
 
 def _is_lost(flow: prefect.Flow, history: list[State], record: _Record) -> bool:
     """Whether a process that was lost, since a person started the run, may have run a container."""
-    ran = False
+    return _lazarus_came_after_a_process(history) and _may_have_started_one(flow, record)
+
+
+def _lazarus_came_after_a_process(history: list[State]) -> bool:
+    """Whether a process had the run when Lazarus rescheduled it, since a person started it."""
+    had_a_process = False
     is_rescheduled = False
     for state in history:
         if isinstance(state, Scheduled):
             is_rescheduled = "Lazarus" in str(state.message)
-            ran = ran and is_rescheduled
-        ran = ran or state.is_running()
-    if not (ran and is_rescheduled):
-        return False
+            if not is_rescheduled:  # a person has started it
+                had_a_process = False
+        elif state.is_running():
+            had_a_process = True
+    return had_a_process and is_rescheduled
+
+
+def _may_have_started_one(flow: prefect.Flow, record: _Record) -> bool:
+    """Whether a task may have started a container, by what the tasks are and how far they came."""
     tasks = {slug: task for task, slug in flow.slugs.items()}
     for task_run in record.task_runs:
-        has_run = task_run.state.is_running() or task_run.state.is_finished()
-        if isinstance(task_run.state, TriggerFailed | Skipped):
-            has_run = False
-        if has_run and not isinstance(tasks.get(task_run.slug), _START_NO_CONTAINER):
+        if isinstance(tasks.get(task_run.slug), _START_NO_CONTAINER):
+            continue
+        if isinstance(task_run.state, TriggerFailed | Skipped):  # it has not run
+            continue
+        if task_run.state.is_running() or task_run.state.is_finished():
             return True
     return False
 

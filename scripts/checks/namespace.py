@@ -129,18 +129,26 @@ def daemon_config_is_usable(setup: Setup) -> str:
         options = {**json.loads(text)}
     except (TypeError, ValueError) as error:
         raise CheckFailed(f"the daemon.json of {NAME} is not a JSON object: {error}") from None
-    # dockerd does not start if a flag, as --host, names what its configuration, as "hosts", names
+    wrong = _set_by_the_template(setup, options)
+    if wrong:
+        names = ", ".join(sorted(wrong))
+        raise CheckFailed(f"the daemon.json of {NAME} sets {names}, which the job template sets")
+    return f"{NAME} sets {', '.join(sorted(options | data)) or 'nothing'}"
+
+
+def _set_by_the_template(setup: Setup, options: dict[str, Any]) -> set[str]:
+    """The options with which dockerd does not start, or that would take its store elsewhere.
+
+    A flag, as --host, must not name what its configuration, as "hosts", names.
+    """
     templates = [setup.settings.job_template]
     if setup.settings.job_template is None:  # the Agent reads it at each run
         templates = [load_job_template(path.stem) for path in JOB_TEMPLATES.glob("*.yaml")]
     flags = json.dumps(templates)
-    wrong = [option for option in options if _is_a_flag(option, flags)]
+    wrong = {option for option in options if _is_a_flag(option, flags)}
     if "data-root" in options:  # the store has to be the volume
-        wrong.append("data-root")
-    if wrong:
-        names = ", ".join(sorted(set(wrong)))
-        raise CheckFailed(f"the daemon.json of {NAME} sets {names}, which the job template sets")
-    return f"{NAME} sets {', '.join(sorted(options | data)) or 'nothing'}"
+        wrong.add("data-root")
+    return wrong
 
 
 def _is_a_flag(option: str, flags: str) -> bool:
@@ -157,12 +165,20 @@ def logins_are_usable(setup: Setup) -> str:
         raise CheckFailed(f"{NAME} is of type {found['type']}, not kubernetes.io/dockerconfigjson")
     text = base64.b64decode(found["data"][".dockerconfigjson"])
     content = json.loads(text)  # Kubernetes admits only JSON
-    auths = content.get("auths") or {}
+    faults = _faults(content)
+    if faults:
+        raise CheckFailed(f"{NAME}: {'; '.join(sorted(faults))}")
+    registries = ", ".join(sorted(content.get("auths") or {}))
+    return f"{NAME} has logins for {registries or 'no registry'}"
+
+
+def _faults(content: dict[str, Any]) -> list[str]:
+    """What the flow cannot use of a Docker configuration."""
     faults = []
     for name in ("credsStore", "credHelpers"):
         if content.get(name):
             faults.append(f"{name} names a program, which the flow's image does not have")
-    for registry, entry in auths.items():
+    for registry, entry in (content.get("auths") or {}).items():
         try:
             login = usable_login(registry, entry)
         except ValueError as error:
@@ -170,6 +186,4 @@ def logins_are_usable(setup: Setup) -> str:
             continue
         if not login.get("auth") and not login.get("identitytoken"):
             faults.append(f"{registry} has neither auth nor username and password")
-    if faults:
-        raise CheckFailed(f"{NAME}: {'; '.join(sorted(faults))}")
-    return f"{NAME} has logins for {', '.join(sorted(auths)) or 'no registry'}"
+    return faults
