@@ -345,7 +345,7 @@ def begin(run_id: str, docker_server_urls: set[str]) -> Run:
     _repeat_uploads()
     if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:  # a program keeps a handler of its own
         _set_sigterm(_end_on_sigterm)
-        _let_sigterm_wake_the_main_thread()
+        _let_sigterm_wake_the_main_thread(_current)
     return _current
 
 
@@ -407,7 +407,7 @@ def _end_on_sigterm(number: int, _: object) -> None:
         raise KeyboardInterrupt
 
 
-def _let_sigterm_wake_the_main_thread() -> None:
+def _let_sigterm_wake_the_main_thread(run: Run) -> None:
     """Have a thread look whether the main thread heeds a SIGTERM.
 
     Python runs a handler in the main thread, between two instructions. If the signal comes just
@@ -423,18 +423,20 @@ def _let_sigterm_wake_the_main_thread() -> None:
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
     signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_wake_main_thread, args=[receiver, sender], daemon=True).start()
+    wake = threading.Thread(target=_wake_main_thread, args=[run, receiver, sender], daemon=True)
+    wake.start()
 
 
-def _wake_main_thread(receiver: socket.socket, sender: socket.socket) -> None:
+def _wake_main_thread(run: Run, receiver: socket.socket, sender: socket.socket) -> None:
     """Send SIGTERM to the main thread until it heeds it. The signals need ``sender`` open."""
     main_thread = threading.main_thread().ident
     assert main_thread is not None
     while True:
         numbers = receiver.recv(64)
         time.sleep(1)
-        is_heeded = signal.getsignal(signal.SIGTERM) is not _end_on_sigterm
-        if signal.SIGTERM in numbers and not is_heeded:
+        is_ending = run.is_ending_early or run.over.is_set()
+        is_ours = signal.getsignal(signal.SIGTERM) is _end_on_sigterm
+        if signal.SIGTERM in numbers and is_ours and not is_ending:
             signal.pthread_kill(main_thread, signal.SIGTERM)
 
 

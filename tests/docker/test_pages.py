@@ -190,7 +190,7 @@ def test_copied_images_are_those_that_are_needed(tmp_path: Path) -> None:
     )
     pulled = re.findall("pull (.*)", done.stdout)
     pushed = re.findall("push registry.example.com/team/(.*)", done.stdout)
-    assert set(pulled) == {DAEMON, *PREFECT}
+    assert set(pulled) == {DAEMON, "alpine:3", *PREFECT}
     assert set(pushed) == {DAEMON, *PREFECT}
 
 
