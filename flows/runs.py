@@ -110,9 +110,13 @@ def state_of(serialized: dict[str, Any] | None) -> State:
     return State.deserialize(serialized)
 
 
-def _stop(client: docker.APIClient, container_id: str) -> None:
+def _stop(client: docker.APIClient, container: dict[str, Any]) -> None:
+    """Stop a container. One that has not been started is removed: its start may be on the way."""
     with suppress(*ERRORS):  # it may have ended
-        client.stop(container_id, timeout=STOP_GRACE_SECONDS)
+        if container["State"] == "created":
+            client.remove_container(container["Id"], v=True, force=True)
+        else:
+            client.stop(container["Id"], timeout=STOP_GRACE_SECONDS)
 
 
 @dataclass
@@ -137,16 +141,22 @@ class Run:
         return not state.is_finished()
 
     def stop_containers(self) -> None:
-        """Stop those of its containers that run. A daemon that does not answer is passed over."""
+        """Stop those of its containers that run, and if the run ends early, that will run.
+
+        A daemon that does not answer is passed over.
+        """
         if not self.is_taken:
             return
-        ours = {"label": f"{LABEL}={self.id}"}
+        states = ["running", "paused", "restarting"]
+        if self.is_ending_early:
+            states.append("created")
+        ours = {"label": f"{LABEL}={self.id}", "status": states}
         for url in self.docker_server_urls:
             with suppress(Exception):
                 client = connect(url)
                 client.timeout = DAEMON_PATIENCE_SECONDS
-                ids = [container["Id"] for container in client.containers(filters=ours)]
-                stops = [threading.Thread(target=_stop, args=[client, each]) for each in ids]
+                found = client.containers(all=True, filters=ours)
+                stops = [threading.Thread(target=_stop, args=[client, each]) for each in found]
                 for stop in stops:
                     stop.start()
                 for stop in stops:

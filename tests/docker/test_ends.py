@@ -11,7 +11,7 @@ import pytest
 from docker.models.containers import Container
 from prefect.engine.state import Failed, Submitted
 
-from flows.runs import LABEL
+from flows.runs import LABEL, Run
 from flows.states import SIGTERM_CAUSE
 from tests.support.daemons import Daemon
 from tests.support.prefect_api import FlowRun, PrefectAPI
@@ -143,6 +143,20 @@ def test_no_container_outlives_its_run(
         print(f"{executor}, {end} after {point:.2f} s: ended in {seconds:.1f} s")
         expected = ("Failed", SIGTERM_CAUSE) if end == "SIGTERM" else ("Cancelled", run.message)
         assert (run.state, run.message) == expected, run
+
+
+def test_a_start_that_is_on_the_way_at_an_early_end_comes_to_nothing(
+    sidecar: Daemon, image: str
+) -> None:
+    """The process that has asked for it may be killed before Docker answers."""
+    run = Run("on-the-way", {sidecar.url}, is_taken=True)
+    sidecar.client.images.pull(image)
+    sidecar.client.containers.create(image, "sleep 60", labels={LABEL: run.id})
+    run.stop_containers()
+    assert len(containers_of(run.id, sidecar.client)) == 1, "an ordinary end leaves it alone"
+    run.is_ending_early = True
+    run.stop_containers()
+    assert containers_of(run.id, sidecar.client) == []
 
 
 @pytest.mark.timeout(300)
