@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def test_a_process_that_finds_the_run_running_leaves_it_alone(
     assert fake.requests == []
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("when", ["before", "after", "before, and stored late"])
 def test_of_two_claims_the_first_one_has_the_run(
     flow: Flow, fake: FakeDocker, api: PrefectAPI, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -207,6 +208,7 @@ def test_of_two_claims_the_first_one_has_the_run(
     run = submitted(flow, api, image="app:1")
     api.set_state(run.id, Submitted())
     api.lose_heartbeats(run.id)
+    number_claimed = len(run.states) + 1  # of states, with this process's claim
     answer = api.answer
 
     def with_another_claim(request: Any, agent_id: str | None) -> tuple[int, Any]:
@@ -216,11 +218,17 @@ def test_of_two_claims_the_first_one_has_the_run(
         answered = answer(request, agent_id)
         if is_claiming and when == "after":
             api.set_state(run.id, other)
+        is_first_look = "flow_run_by_pk" in request["query"] and len(run.states) == number_claimed
+        if is_first_look and when == "before, and stored late":
+            run.enter(other)
+            late = run.states.pop()
+            late.timestamp = run.states[-1].timestamp - timedelta(milliseconds=1)
+            run.states.insert(-1, late)
         return answered
 
     monkeypatch.setattr(api, "answer", with_another_claim)
     execute(flow, run, fake)
-    if when == "before":
+    if when != "after":
         assert (run.state, run.message) == ("Running", other.message), str(run)
         assert fake.requests == []
     else:
