@@ -190,7 +190,7 @@ class Run:
         if not self.is_ending_early:
             self.is_ending_early = True
             self.early_end = end
-            threading.Thread(target=self._end, args=[end], daemon=True).start()
+            threading.Thread(target=self._end, daemon=True).start()
 
     def at_exit(self) -> None:
         """Let the containers end with the process, and tell the API of an early end.
@@ -202,7 +202,8 @@ class Run:
             with suppress(Exception):  # an API that is down
                 self.report(self.early_end)
 
-    def _end(self, end: State | None) -> None:
+    def _end(self) -> None:
+        end = self.early_end
         hard_end = time.monotonic() + END_SECONDS
         self.over.wait(1)  # in a pod, tini sends SIGTERM to the processes of a pool as well
         for child in multiprocessing.active_children():  # of LocalDaskExecutor("processes")

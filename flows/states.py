@@ -179,7 +179,7 @@ def _processes_on_their_way(history: list[State]) -> int:
 
 def _is_lost(flow: prefect.Flow, history: list[State], record: _Record) -> bool:
     """Whether a process that was lost, since a person started the run, may have run a container."""
-    return _lazarus_came_after_a_process(history) and _may_have_started_one(flow, record)
+    return _lazarus_came_after_a_process(history) and _may_have_started_a_container(flow, record)
 
 
 def _lazarus_came_after_a_process(history: list[State]) -> bool:
@@ -196,7 +196,7 @@ def _lazarus_came_after_a_process(history: list[State]) -> bool:
     return had_a_process and is_rescheduled
 
 
-def _may_have_started_one(flow: prefect.Flow, record: _Record) -> bool:
+def _may_have_started_a_container(flow: prefect.Flow, record: _Record) -> bool:
     """Whether a task may have started a container, by what the tasks are and how far they came."""
     tasks = {slug: task for task, slug in flow.slugs.items()}
     for task_run in record.task_runs:

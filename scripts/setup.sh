@@ -17,7 +17,10 @@ how_to_get_python() {
 
 supported='import sys; raise SystemExit(not (3, 10) <= sys.version_info[:2] < (3, 12))'
 python='' seen=''
+own=$PWD/.venv/bin: # .venv is made anew, so its own Python cannot make it
+PATH=${PATH//"$own"/}
 for candidate in ${PYTHON:-python3 python3.11 python3.10}; do
+  case $candidate in "$PWD"/.venv/*) seen+=" $candidate (in .venv, which is made anew);" && continue ;; esac
   if "$candidate" -c "$supported" 2>/dev/null; then python=$candidate && break; fi
   seen+=" $candidate ($("$candidate" --version 2>/dev/null || echo 'not there'));"
 done
@@ -29,13 +32,6 @@ if [ -z "$python" ]; then
   } >&2
   exit 1
 fi
-
-case $(command -v "$python") in
-  "$PWD"/.venv/*)
-    echo "setup: PYTHON=$python is in .venv, which is made anew. Name another one" >&2
-    exit 1
-    ;;
-esac
 
 if command -v flock >/dev/null; then exec 9<scripts/setup.sh && flock 9; fi # another `make` may be at it
 export VIRTUAL_ENV=$PWD/.venv

@@ -550,6 +550,25 @@ install.index-url='https://pypi.example/simple'
     assert found["SSL_CERT_FILE"] == "/etc/company.crt"
 
 
+def test_uv_gets_the_home_folder_that_pip_would_expand(tmp_path: Path) -> None:
+    found = set_up_with_stubs(tmp_path, "global.cert='~/company.crt'\n")
+    assert found["SSL_CERT_FILE"] == f"{tmp_path}/company.crt"
+
+
+@pytest.mark.parametrize("chosen", ["python3", "{own}/python3 python3"])
+def test_the_python_in_the_virtual_environment_does_not_make_it_anew(
+    tmp_path: Path, chosen: str
+) -> None:
+    """The README puts it on the PATH, and it is deleted first."""
+    own = tmp_path / ".venv" / "bin"
+    own.mkdir(parents=True)
+    (own / "python3").write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\n")
+    (own / "python3").chmod(0o755)
+    path = f"{own}:{tmp_path}:{os.defpath}"
+    set_up_with_stubs(tmp_path, "", PATH=path, PYTHON=chosen.format(own=own))
+    assert not (tmp_path / "asked").exists()
+
+
 def test_uvs_own_settings_win(tmp_path: Path) -> None:
     config = ":env:.index-url='https://pip.example/simple'\n"
     found = set_up_with_stubs(tmp_path, config, UV_DEFAULT_INDEX="https://uv.example/simple")
